@@ -1,0 +1,231 @@
+"""The load generator: raw sockets and epoll, frames masked beforehand, replies counted in bytes.
+
+`load.py '{"work": "echo", "port": 8000, "server_pid": 123, …}'` prints one line of JSON. The first
+reply to each client is compared byte for byte: all servers are seen to do the same work.
+"""
+import gc
+import json
+import os
+import re
+import resource
+import select
+import socket
+import struct
+import sys
+import time
+from typing import Any, Callable, Dict, List, Tuple
+
+Step = Callable[[], int]  # does a bit of the work, and returns how much
+MASK = b"\x37\xfa\x21\x3d"
+TEXT, CLOSE = 1, 8
+HANDSHAKE = (
+    "GET / HTTP/1.1\r\nHost: 127.0.0.1:{0}\r\nOrigin: http://127.0.0.1:{0}\r\n"
+    "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n")
+HTTP_GET = "GET /page HTTP/1.1\r\nHost: 127.0.0.1:{0}\r\nAccept: text/html\r\n\r\n"
+GREETING = b"Received: Hello!"
+NEWS = "news " * 10
+PAGE = b"<h1>Hello</h1>\n" * 20
+
+
+def frame(payload: bytes, masked: bool = True, opcode: int = TEXT) -> bytes:
+    """One final frame (RFC 6455 section 5.2)."""
+    size, bit = len(payload), 0x80 if masked else 0
+    if size < 126:
+        head = bytes((0x80 | opcode, bit | size))
+    elif size < 65536:
+        head = struct.pack("!BBH", 0x80 | opcode, bit | 126, size)
+    else:
+        head = struct.pack("!BBQ", 0x80 | opcode, bit | 127, size)
+    if not masked:
+        return head + payload
+    key = int.from_bytes((MASK * (size // 4 + 1))[:size], "big")
+    return head + MASK + (int.from_bytes(payload, "big") ^ key).to_bytes(size, "big")
+
+
+def message(name: str, payload: str, channel: str = "____") -> bytes:
+    return frame(json.dumps({"channel": channel, "message": name, "payload": payload},
+                            separators=(",", ":")).encode())
+
+
+class Load:
+    def __init__(self, job: Dict[str, Any]) -> None:
+        self.job = job
+        self.handshake = HANDSHAKE.format(job["port"]).encode()
+        self.poll = select.epoll()
+        self.kept: List[socket.socket] = []
+
+    def dial(self) -> socket.socket:
+        sock = socket.socket()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # The kernel's own time-out: a stuck server ends the run, and recv stays one system call.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 20, 0))
+        sock.connect(("127.0.0.1", self.job["port"]))
+        return sock
+
+    def upgrade(self, sock: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += sock.recv(4096) or b"(closed)\r\n\r\n"
+        if b" 101 " not in head[:16]:
+            raise SystemExit(f"no upgrade: {head!r}")
+
+    def client(self, request: bytes, expected: bytes) -> socket.socket:
+        """A connection that was upgraded and has had the expected reply to a request."""
+        sock = self.dial()
+        sock.sendall(self.handshake)
+        self.upgrade(sock)
+        sock.sendall(request)
+        reply = b""
+        while len(reply) < len(expected):
+            reply += sock.recv(len(expected) - len(reply)) or b"(closed)" * len(expected)
+        if reply != expected:
+            raise SystemExit(f"expected {expected[:99]!r}, got {reply[:99]!r}")
+        self.kept.append(sock)
+        return sock
+
+    def subscriber(self) -> socket.socket:
+        return self.client(message("subscribe", ""), frame(b"Subscription: OK", masked=False))
+
+    # The works. Each prepares its clients and returns a step.
+
+    def echo(self) -> Step:
+        """Each client sends a message for each reply; `idle` others are just subscribed."""
+        job = self.job
+        if job.get("raw"):
+            payload = b"x" * job["size"] if "size" in job else b"Hello!"
+            request, reply = frame(payload), frame(payload, masked=False)
+        else:
+            request = message("echo", "Hello!", job.get("channel", "____"))
+            reply = frame(GREETING, masked=False)
+        for _ in range(job.get("idle", 0)):
+            self.subscriber()
+        return self.pump(lambda: self.client(request, reply), request, len(reply))
+
+    def http(self) -> Step:
+        """Each connection asks for the page again and again."""
+        request, reply = HTTP_GET.format(self.job["port"]).encode(), b""
+        with self.dial() as sock:
+            sock.sendall(request)
+            while not reply.endswith(PAGE):
+                reply += sock.recv(65536) or b"(closed)" + PAGE
+        if not re.match(rb"HTTP/1\.[01] 200 .*\r\n\r\n<h1>", reply, re.S) or b"(closed)" in reply:
+            raise SystemExit(f"unexpected answer: {reply[:999]!r}")
+        return self.pump(self.dial, request, len(reply), keep_alive=b"HTTP/1.1" in reply)
+
+    def pump(self, dial: Callable[[], socket.socket], request: bytes, reply_size: int,
+             keep_alive: bool = True) -> Step:
+        """`clients` connections, with `window` requests in flight on each."""
+        buffer, window = bytearray(1 << 20), self.job.get("window", 1)
+        burst, size = memoryview(request * window), len(request)
+        connections: Dict[int, Tuple[socket.socket, Any, Any]] = {}
+        surplus: Dict[int, int] = {}  # bytes of a reply that has not fully arrived
+
+        def add() -> int:
+            sock = dial()
+            fd = sock.fileno()
+            connections[fd], surplus[fd] = (sock, sock.recv_into, sock.sendall), 0
+            self.poll.register(fd, select.EPOLLIN)
+            sock.sendall(burst)
+            return fd
+
+        def step() -> int:
+            total = 0
+            for fd, _ in ready():
+                sock, receive, send = connections[fd]
+                got = receive(buffer)
+                if not got:
+                    if keep_alive:
+                        raise SystemExit("the server closed a connection")
+                    self.poll.unregister(fd)
+                    sock.close()
+                    add()
+                count, surplus[fd] = divmod(surplus[fd] + got, reply_size)
+                total += count
+                if count and keep_alive:
+                    send(burst[:count * size])
+            return total
+        fds = [add() for _ in range(self.job["clients"])]
+        # A single client needs no epoll: its recv waits.
+        ready: Any = self.poll.poll if len(fds) > 1 else lambda: ((fds[0], 1),)
+        return step
+
+    def fanout(self) -> Step:
+        """One subscriber asks for a broadcast; the next round begins when all have it."""
+        shout = message("shout", NEWS)
+        receive = {}
+        for _ in range(self.job["clients"]):
+            sock = self.subscriber()
+            self.poll.register(sock, select.EPOLLIN)
+            receive[sock.fileno()] = sock.recv
+        size = len(receive) * len(frame(NEWS.encode(), masked=False))
+
+        def step() -> int:
+            self.kept[0].sendall(shout)
+            missing = size
+            while missing:
+                for fd, _ in self.poll.poll():
+                    missing -= len(receive[fd](4096))
+            return len(receive)
+        return step
+
+    def connect(self) -> Step:
+        """`clients` at a time: connect, upgrade, closing handshake, end of the stream."""
+        farewell = frame(struct.pack("!H", 1000), opcode=CLOSE)
+
+        def step() -> int:
+            socks = [self.dial() for _ in range(self.job["clients"])]
+            for sock in socks:
+                sock.sendall(self.handshake)
+            for sock in socks:
+                self.upgrade(sock)
+                sock.sendall(farewell)
+            for sock in socks:
+                while sock.recv(4096):
+                    pass
+                sock.close()
+            return len(socks)
+        return step
+
+    def memory(self) -> Dict[str, float]:
+        """Bytes of resident memory for each of `clients` subscribers, beyond the first 1,000."""
+        sizes = []
+        for count in (1000, self.job["clients"]):
+            for _ in range(count):
+                self.subscriber()
+            time.sleep(0.5)
+            with open(f"/proc/{self.job['server_pid']}/statm") as statm:
+                sizes.append(int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        return {"rate": (sizes[1] - sizes[0]) / self.job["clients"]}
+
+    def run(self) -> Dict[str, float]:
+        if self.job["work"] == "memory":
+            return self.memory()
+        step: Step = getattr(self, self.job["work"])()
+        gc.disable()
+        for seconds in (self.job["seconds"] * 0.4, self.job["seconds"]):  # the first warms up
+            count, used, start = 0, self.cpu_seconds(), time.perf_counter()
+            now, end = start, start + seconds
+            while now < end:
+                count += step()
+                now = time.perf_counter()
+        span = now - start
+        load, server, others = ((b - a) / span for a, b in zip(used, self.cpu_seconds()))
+        return {"rate": count / span, "load_cpu": load, "server_cpu": server,
+                "foreign_cpu": max(0.0, others - load - server)}
+
+    def cpu_seconds(self) -> Tuple[float, float, float]:
+        """Used by this process, by the server, and by all: user, nice, system and stolen time."""
+        with open(f"/proc/{self.job['server_pid']}/stat") as stat:
+            own = stat.read().rpartition(")")[2].split()
+        with open("/proc/stat") as stat:
+            machine = [int(field) for field in stat.readline().split()[1:]]
+        tick = os.sysconf("SC_CLK_TCK")
+        return (time.process_time(), (int(own[11]) + int(own[12])) / tick,
+                (sum(machine[:3]) + machine[7]) / tick)
+
+
+if __name__ == "__main__":
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    print(json.dumps(Load(json.loads(sys.argv[1])).run()))

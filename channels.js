@@ -1,0 +1,314 @@
+/**
+ * channels.js: the browser's side of webchannels.py. MIT License.
+ *
+ * One WebSocket (webchannels.v1) carries all channels of the page: bytes, and JSON.
+ *   to the server    {channel, message, payload?, ref?}
+ *   from the server  {channel, message, payload?}      a push
+ *                    {ref, payload} or {ref, error}    the reply to that ref
+ *                    {error, channel, message}         an error without ref
+ * An empty message asks for an empty one, to see that the server is there.
+ */
+// A second copy in a page finds the first. (Object(x) is x, for the type checker of any type.)
+var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
+  'use strict'
+
+  const TICK = 5000           // ms
+  const ASK = 5               // silent ticks until the server is asked whether it is there
+  const DEAD = 7              // silent ticks until the connection counts as lost
+  const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
+  const QUEUE = [2048, 2**20] // messages and bytes that may wait for the connection
+  const FINAL = [1000, 1008]  // close codes after which to stay away
+
+  const page = Object(window)
+  const path = document.currentScript?.dataset.path || '/'
+  const url = location.protocol.replace('http', 'ws') + '//' + location.host + path
+
+  /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */
+  let state = 'connecting'
+  /** @type {WebSocket | null} */
+  let socket = null // the only one
+  let timer = 0     // to the next tick or, without a socket, to the next connect
+  let silent = 0    // ticks since the server was heard
+  let failures = 0  // in a row
+  let lastRef = 0
+  // An item is {data, ref, promise, resolve, reject}; the promise is that of the reply or, without
+  // ref, of the hand-over to the socket.
+  const queue = new Map()         // items not sent yet -> bytes
+  const pending = new Map()       // ref -> item not answered yet
+  const subscriptions = new Map() // channel -> item
+  const handlers = new Set()      // [path, handler]
+
+  /** @param {string} type  @param {any} [detail] */
+  const emit = (type, detail) => client.dispatchEvent(new CustomEvent(type, { detail }))
+
+  /** @param {typeof state} next */
+  const become = next => {
+    document.documentElement.dataset.webchannels = state = next
+    emit('state', next)
+  }
+
+  // ---- The connection ----
+
+  const connect = () => {
+    clearTimeout(timer)
+    socket = new WebSocket(url, 'webchannels.v1')
+    socket.binaryType = 'arraybuffer'
+    socket.onopen = opened
+    socket.onmessage = received
+    socket.onclose = ({ code, reason }) =>
+      end(FINAL.includes(code) ? 'closed' : 'reconnecting', code, reason)
+    silent = ASK // the handshake has a deadline, too
+    timer = setTimeout(tick, TICK)
+  }
+
+  // Counted, not timed: a background tab ticks late, a frozen one not at all, but it hears what the
+  // server said before the next tick.
+  const tick = () => {
+    timer = setTimeout(tick, TICK)
+    if (++silent >= DEAD) return end('reconnecting')
+    if (socket?.readyState !== WebSocket.OPEN) return
+    failures = 0 // not before: a server may let us in and drop us
+    if (silent === ASK) socket.send('')
+  }
+
+  /** The network may have come or gone: do not wait for the timer. */
+  const wake = () => {
+    if (state === 'closed') return
+    failures = 0
+    if (!socket) return connect()
+    if (silent >= ASK) return
+    clearTimeout(timer)
+    silent = ASK - 1
+    tick()
+  }
+
+  const opened = () => {
+    silent = 0
+    subscriptions.forEach(renew)
+    for (const item of queue.keys()) transmit(item)
+    queue.clear()
+    become('open')
+    emit('open')
+  }
+
+  /** @param {typeof state} next */
+  const end = (next, code = 1006, reason = '') => {
+    const wasOpen = state === 'open'
+    clearTimeout(timer)
+    if (socket) {
+      socket.onopen = socket.onmessage = socket.onclose = null
+      socket.close()
+      socket = null
+    }
+    for (const { reject } of pending.values()) reject(new DOMException('Lost', 'NetworkError'))
+    if (next === 'closed') {
+      for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
+      queue.clear()
+    } else {
+      // Full jitter: the clients of a restarted server must not be back all at once.
+      const most = Math.min(DELAY[1], DELAY[0] * 2 ** failures++)
+      timer = setTimeout(connect, Math.random() * most)
+    }
+    become(next) // last, for listeners may open() or close()
+    if (wasOpen) emit('close', { code, reason })
+  }
+
+  // ---- Out ----
+
+  /** @param {any} data  @param {number} [ref] */
+  const outgoing = (data, ref) => {
+    const item = Object({ data, ref })
+    item.promise = new Promise((resolve, reject) => Object.assign(item, { resolve, reject }))
+    return item
+  }
+
+  /** @param {any} item */
+  const transmit = item => {
+    socket?.send(item.data)
+    if (item.ref) pending.set(item.ref, item)
+    else item.resolve()
+  }
+
+  /** @param {any} item */
+  const send = item => {
+    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one would swallow it
+    else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
+    else {
+      const copy = new Blob([item.data]) // the caller may reuse its buffer
+      if (typeof item.data !== 'string') item.data = copy
+      const bytes = [...queue.values()].reduce((sum, size) => sum + size, copy.size)
+      if (queue.size < QUEUE[0] && bytes <= QUEUE[1]) queue.set(item, copy.size)
+      else item.reject(new DOMException('Queue full', 'QuotaExceededError'))
+    }
+    return item.promise
+  }
+
+  /** @param {any} item  @param {string} channel */
+  const renew = ({ resolve, reject }, channel) =>
+    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
+      resolve(reply)
+      emit('subscribed', channel)
+    }, error => {
+      if (error instanceof DOMException) return // lost; the next connection renews it
+      subscriptions.delete(channel)
+      reject(error)
+      complain({ error: error.message, channel, message: 'subscribe' })
+    })
+
+  // ---- In ----
+
+  /** @param {MessageEvent} event */
+  const received = ({ data }) => {
+    silent = 0
+    if (data === '') return
+    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
+    const item = pending.get(m.ref) // none if it timed out or was aborted
+    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
+    else m.ref ? item?.resolve(m.payload) : deliver(m)
+  }
+
+  /** @param {any} detail */
+  const complain = detail => {
+    console.error('WebChannels:', detail)
+    emit('error', detail)
+  }
+
+  /** @param {any} push */
+  const deliver = ({ channel, message, payload }) => {
+    const plain = payload === undefined
+    const word = plain ? message : { channel, message, payload }
+    emit('message', word)
+    // A microtask each: if one throws, the others still run.
+    let taken = false
+    for (const [path, handler] of handlers) {
+      const found = !plain && match(path.split('/'), `/${channel}/${message}`.split('/'))
+      if (!found) continue
+      taken = true
+      queueMicrotask(() => handler(payload, { ...found, channel, message }))
+    }
+    if (!taken) queueMicrotask(() => page.parse_payload(word))
+  }
+
+  /** The values of the `:name`s, or null. @param {string[]} pattern  @param {string[]} path */
+  const match = (pattern, path) => {
+    const found = Object({})
+    return pattern.length === path.length && pattern.every((part, i) =>
+      part[0] === ':' ? found[part.slice(1)] = path[i] : part === path[i]) ? found : null
+  }
+
+  // ---- What the page uses ----
+
+  /**
+   * Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
+   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}.
+   */
+  class Client extends EventTarget {
+    /** Also in `<html data-webchannels="...">`. */
+    get state() { return state }
+
+    /**
+     * Resolves at the hand-over to the connection, when that is there; rejects when the queue is
+     * full, or on close(). A reply comes as a push.
+     * @param {string} channel  @param {string} message  @param {any} [payload]
+     */
+    async sendMessageTo(channel, message, payload) {
+      return send(outgoing(JSON.stringify({ channel, message, payload })))
+    }
+
+    /** The same for bytes, to channel("/"). @param {BufferSource | Blob} data */
+    async sendBinary(data) { return send(outgoing(data)) }
+
+    /**
+     * Resolves with the reply. Rejects with the server's error or a DOMException: TimeoutError,
+     * AbortError, NetworkError (connection lost: nobody knows whether it ran).
+     * @param {string} channel  @param {string} message  @param {any} [payload]
+     * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
+     */
+    async request(channel, message, payload, { timeout = 30000, signal } = {}) {
+      const ref = ++lastRef
+      const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
+      const late = setTimeout(item.reject, Math.min(timeout, 2 ** 31 - 1),
+        new DOMException('No reply in time', 'TimeoutError'))
+      const abort = () => item.reject(signal?.reason)
+      signal?.addEventListener('abort', abort)
+      if (signal?.aborted) abort()
+      else send(item)
+      return item.promise.finally(() => {
+        clearTimeout(late)
+        signal?.removeEventListener('abort', abort)
+        queue.delete(item)
+        pending.delete(ref)
+      })
+    }
+
+    /**
+     * Gives pushes with a payload to `handler`, not to parse_payload.
+     * @param {string} path  '/channel/message', where `:name` stands for any segment
+     * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s
+     * @returns {() => void} takes it off again
+     */
+    channel(path, handler) {
+      const entry = [path, handler]
+      handlers.add(entry)
+      return () => { handlers.delete(entry) }
+    }
+
+    /**
+     * Holds over reconnects. Resolves when the server confirms it, rejects when it refuses.
+     * @param {string} channel  @returns {Promise<any>}
+     */
+    subscribe(channel) {
+      let item = subscriptions.get(channel)
+      if (!item) {
+        item = outgoing(channel)
+        item.promise.catch(() => { }) // renew() complains
+        subscriptions.set(channel, item)
+        if (state === 'open') renew(item, channel)
+      }
+      return item.promise
+    }
+
+    /** @param {string} channel */
+    async unsubscribe(channel) {
+      subscriptions.get(channel)?.reject(new DOMException('Unsubscribed', 'AbortError'))
+      subscriptions.delete(channel)
+      if (state === 'open') return client.request(channel, 'unsubscribe')
+    }
+
+    /** Connects: after close() or a refusal, or instead of waiting. */
+    open() {
+      if (state === 'closed') become('connecting')
+      wake()
+    }
+
+    /** Stays away until open(). Rejects what is queued or unanswered. */
+    close() { end('closed', 1000) }
+  }
+
+  const client = new Client()
+
+  addEventListener('online', wake)
+  addEventListener('offline', wake)
+  document.addEventListener('resume', wake)
+  document.addEventListener('visibilitychange', () => { if (!document.hidden) wake() })
+  // An open socket could keep the page out of the back/forward cache.
+  addEventListener('pagehide', ({ persisted }) => {
+    if (!persisted || state === 'closed') return
+    end('reconnecting')
+    clearTimeout(timer)
+  })
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) wake() })
+
+  page.Genie = { ...page.Genie, WebChannels: client }
+  page.parse_payload = page.parse_payload || (/** @param {any} payload */ payload => {
+    console.log(payload)
+    console.log('Overwrite window.parse_payload to handle messages from the server')
+  })
+
+  become('connecting')
+  connect()
+  return client
+})()
+
+WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
+  .then(() => console.log('Subscription ready'), () => { })

@@ -1,0 +1,2694 @@
+"""The tests of webchannels: `python3 test_webchannels.py [-v] [Class.test]`. Standard library only.
+
+`python3 test_webchannels.py --embed` copies channels.js into webchannels.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import asyncio
+import base64
+import contextlib
+import email.utils
+import functools
+import hashlib
+import html.parser
+import inspect
+import json
+import logging
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import socket
+import ssl
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import tracemalloc
+import unittest
+import zlib
+from pathlib import Path
+from random import Random
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
+from urllib.parse import urlsplit
+
+import webchannels
+from webchannels import ChannelClient, ChannelError, Config, HTTPError, Request, Response, WebChannels
+
+HERE = Path(__file__).resolve().parent
+JsonObject = dict[str, Any]
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+
+# ---- HTTP over a real socket ---------------------------------------------------------------------
+
+INSECURE = ssl.create_default_context()  # for the self-signed certificate of `certificate()`
+INSECURE.check_hostname = False
+INSECURE.verify_mode = ssl.CERT_NONE
+AnyConnection = TypeVar("AnyConnection", bound="Connection")
+
+
+class Reply(NamedTuple):
+    """An HTTP response. Header names are in lower case, repeated ones joined by a comma."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    head: bytes
+
+
+class Connection:
+    """A blocking connection to a URL, over TLS for https: and wss:. Times are in seconds."""
+
+    def __init__(self, url: str, *, tls: ssl.SSLContext = INSECURE, timeout: float = 10) -> None:
+        parts = urlsplit(url)
+        secure = parts.scheme in ("https", "wss")
+        self.host = parts.netloc
+        self.target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        address = (parts.hostname or "", parts.port or (443 if secure else 80))
+        self.sock: socket.socket = socket.create_connection(address, timeout)
+        if secure:
+            self.sock = tls.wrap_socket(self.sock, server_hostname=parts.hostname)
+        self.buffer = bytearray()
+
+    def __enter__(self: AnyConnection) -> AnyConnection:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def send_raw(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def fill(self, size: int) -> None:
+        """Read on until `size` bytes are buffered. A time-out loses nothing: call again."""
+        while len(self.buffer) < size:
+            chunk = self.sock.recv(1 << 16)
+            if not chunk:
+                raise EOFError(f"the peer closed after {bytes(self.buffer[:200])!r}")
+            self.buffer += chunk
+
+    def take(self, size: int) -> bytes:
+        self.fill(size)
+        taken = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return taken
+
+    def response(self, method: str = "GET") -> Reply:
+        """Exactly one response; what follows it stays for the next call."""
+        while b"\r\n\r\n" not in self.buffer:
+            self.fill(len(self.buffer) + 1)
+        head = self.take(self.buffer.index(b"\r\n\r\n") + 4)
+        status, *lines = head.decode("latin-1").rstrip().split("\r\n")
+        code, body = int(status.split(" ")[1]), b""
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip()
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        if method != "HEAD" and code >= 200 and code not in (204, 304):
+            body = self.take(int(headers["content-length"])) if "content-length" in headers \
+                else self.rest()
+        return Reply(code, headers, body, head)
+
+    def rest(self, timeout: float | None = None) -> bytes:
+        """Everything up to the end of the stream (raises socket.timeout when it does not end)."""
+        if timeout is not None:
+            self.sock.settimeout(timeout)
+        with contextlib.suppress(EOFError, ConnectionError):
+            while True:
+                self.fill(len(self.buffer) + 1)
+        return self.take(len(self.buffer))
+
+
+def http(url: str, raw: bytes, method: str = "GET") -> Reply:
+    """Send these bytes as they are, return the first response."""
+    with Connection(url) as connection:
+        connection.send_raw(raw)
+        return connection.response(method)
+
+
+def request(method: str, url: str, headers: Mapping[str, str] | None = None,
+            body: bytes = b"") -> Reply:
+    with Connection(url) as connection:
+        fields = {"Host": connection.host, "Connection": "close", **(headers or {})}
+        if body:
+            fields.setdefault("Content-Length", str(len(body)))
+        lines = [f"{method} {connection.target} HTTP/1.1", *map(": ".join, fields.items()), "", ""]
+        connection.send_raw("\r\n".join(lines).encode("latin-1") + body)
+        return connection.response(method)
+
+
+# ---- WebSocket client (RFC 6455, RFC 7692) -------------------------------------------------------
+
+
+class Refused(Exception):
+    """The handshake was answered with `reply` in place of 101."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(f"{reply.status} {reply.body[:200]!r}")
+        self.reply = reply
+
+
+class Closed(Exception):
+    """The peer sent a close frame (1005: without a code)."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code} {reason}")
+        self.code, self.reason = code, reason
+
+
+class Frame(NamedTuple):
+    fin: bool
+    rsv: int
+    opcode: int
+    payload: bytes
+
+
+class WebSocketClient(Connection):
+    """A blocking client that can also misbehave: `send_frame` and `send_raw` check nothing.
+
+    With `auto_reply` it answers pings and the close; without, `recv()` hands out the pings.
+    `deflate` offers permessage-deflate; a string offers just that.
+    """
+
+    def __init__(self, url: str, *, subprotocol: str = "", origin: str = "",
+                 headers: Mapping[str, str] | None = None, deflate: bool | str = False,
+                 tls: ssl.SSLContext = INSECURE, timeout: float = 10,
+                 auto_reply: bool = True) -> None:
+        super().__init__(url, tls=tls, timeout=timeout)
+        self.auto_reply, self.timeout, self.parts = auto_reply, timeout, b""
+        self.message = Frame(True, 0, TEXT, b"")  # the first frame of the one being assembled
+        self.inflater = zlib.decompressobj(-15)
+        key = base64.b64encode(os.urandom(16)).decode()
+        fields = {"Host": self.host, "Upgrade": "websocket", "Connection": "Upgrade",
+                  "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13",
+                  "Sec-WebSocket-Protocol": subprotocol, "Origin": origin,
+                  "Sec-WebSocket-Extensions": deflate if isinstance(deflate, str)
+                  else "permessage-deflate" if deflate else "", **(headers or {})}
+        lines = [f"{name}: {value}" for name, value in fields.items() if value]
+        self.send_raw("\r\n".join([f"GET {self.target} HTTP/1.1", *lines, "", ""]).encode())
+        self.reply = self.response()
+        if self.reply.status != 101:
+            self.close()
+            raise Refused(self.reply)
+        accept = hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+        assert self.reply.headers["sec-websocket-accept"] == base64.b64encode(accept).decode()
+        self.subprotocol = self.reply.headers.get("sec-websocket-protocol", "")
+        self.extensions = self.reply.headers.get("sec-websocket-extensions", "")
+
+    def send_frame(self, opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0,
+                   mask: bool = True) -> None:
+        size, bit, key = len(payload), 128 if mask else 0, os.urandom(4) if mask else b""
+        head = bytes([fin << 7 | rsv << 4 | opcode])
+        head += bytes([bit | size]) if size < 126 else struct.pack("!BH", bit | 126, size) \
+            if size < 65536 else struct.pack("!BQ", bit | 127, size)
+        if mask and size:
+            keys = (key * (size // 4 + 1))[:size]
+            masked = int.from_bytes(payload, "big") ^ int.from_bytes(keys, "big")
+            payload = masked.to_bytes(size, "big")
+        self.send_raw(head + key + payload)
+
+    def send_message(self, opcode: int, data: bytes) -> None:
+        if not self.extensions:
+            return self.send_frame(opcode, data)
+        bits = re.search(r"client_max_window_bits=(\d+)", self.extensions)
+        deflater = zlib.compressobj(6, zlib.DEFLATED, -int(bits[1]) if bits else -15)
+        data = deflater.compress(data) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        self.send_frame(opcode, data[:-4], rsv=4)  # RFC 7692 section 7.2.1
+
+    def send_text(self, text: str) -> None:
+        self.send_message(TEXT, text.encode())
+
+    def send_binary(self, data: bytes) -> None:
+        self.send_message(BINARY, data)
+
+    def send_json(self, value: Any) -> None:
+        self.send_text(json.dumps(value))
+
+    def send_close(self, code: int = 1000, reason: str = "") -> None:
+        self.send_frame(CLOSE, struct.pack("!H", code) + reason.encode())
+
+    def recv_frame(self, timeout: float | None = None) -> Frame:
+        self.sock.settimeout(self.timeout if timeout is None else timeout)
+        self.fill(2)
+        size, start = self.buffer[1], 2
+        assert size < 128, "a server must not mask (RFC 6455 section 5.1)"
+        if size >= 126:
+            start = 4 if size == 126 else 10
+            self.fill(start)
+            size = int.from_bytes(self.buffer[2:start], "big")
+        self.fill(start + size)
+        frame = self.take(start + size)
+        return Frame(frame[0] >= 128, frame[0] >> 4 & 7, frame[0] & 15, frame[start:])
+
+    def recv(self, timeout: float | None = None) -> tuple[int, bytes]:
+        """(opcode, payload) of a message or pong. Raises Closed, EOFError or socket.timeout."""
+        while True:
+            frame = self.recv_frame(timeout)
+            if frame.opcode == CLOSE:
+                if self.auto_reply:
+                    with contextlib.suppress(OSError):
+                        self.send_frame(CLOSE, frame.payload[:2])
+                code = int.from_bytes(frame.payload[:2], "big") if frame.payload else 1005
+                raise Closed(code, frame.payload[2:].decode())
+            if frame.opcode == PING and self.auto_reply:
+                self.send_frame(PONG, frame.payload)
+            elif frame.opcode >= CLOSE:
+                return frame.opcode, frame.payload
+            else:
+                if frame.opcode != CONTINUATION:
+                    self.message, self.parts = frame, b""
+                self.parts += frame.payload
+                if frame.fin:
+                    return self.message.opcode, self.inflated() if self.message.rsv else self.parts
+
+    def inflated(self) -> bytes:
+        if "server_no_context_takeover" in self.extensions:
+            self.inflater = zlib.decompressobj(-15)
+        return self.inflater.decompress(self.parts + b"\0\0\xff\xff")  # RFC 7692 section 7.2.2
+
+    def recv_text(self, timeout: float | None = None) -> str:
+        opcode, payload = self.recv(timeout)
+        assert opcode == TEXT, (opcode, payload)
+        return payload.decode()
+
+    def recv_json(self, timeout: float | None = None) -> Any:
+        return json.loads(self.recv_text(timeout))
+
+    def recv_close(self, timeout: float | None = None) -> tuple[int, str]:
+        """Skip messages up to the close frame; (1006, "") when the stream just ends."""
+        try:
+            while True:
+                self.recv(timeout)
+        except Closed as closed:
+            return closed.code, closed.reason
+        except (EOFError, ConnectionError):
+            return 1006, ""
+
+
+# ---- Browsers: Chromium over the DevTools protocol, Firefox over WebDriver BiDi ------------------
+
+
+class BrowserError(Exception):
+    """The browser refused a command, or a script in the page threw."""
+
+
+def logged_text(values: list[JsonObject]) -> str:
+    """The arguments of console.log(); objects come as a description only."""
+    return " ".join(str(v.get("value", v.get("description", v["type"]))) for v in values)
+
+
+class Chromium:
+    """One headless browser, driven over one WebSocket. Firefox below overrides what differs."""
+
+    names: tuple[str, ...] = ("chromium", "chromium-browser", "google-chrome")
+    arguments: tuple[str, ...] = (
+        "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+        "--disable-dev-shm-usage", "--user-data-dir={profile}")
+
+    def __init__(self) -> None:
+        program, self.profile = self.program(), tempfile.mkdtemp(prefix="webchannels-")
+        assert program, f"{self.names[0]} is not there"
+        self.pages: dict[str, Page] = {}
+        self.replies: dict[int, JsonObject] = {}
+        self.commands = 0
+        self.process = subprocess.Popen(
+            [program, *(argument.format(profile=self.profile) for argument in self.arguments),
+             "--headless", "--remote-debugging-port=0", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        guard = threading.Timer(60, self.process.kill)
+        guard.start()
+        pipe = self.process.stderr
+        assert pipe
+        found = None
+        while not found:
+            line = pipe.readline()
+            assert line, f"{program} did not start"
+            found = re.search(r"listening on (ws:\S+)", line)
+        guard.cancel()
+        self.drain = threading.Thread(target=lambda: (pipe.read(), pipe.close()))
+        self.drain.start()  # a full pipe would stop the browser
+        self.socket = self.connect(found[1])
+
+    @classmethod
+    def program(cls) -> str | None:
+        return next(filter(None, map(shutil.which, cls.names)), None)
+
+    def connect(self, url: str) -> WebSocketClient:
+        return WebSocketClient(url)
+
+    def close(self) -> None:
+        self.socket.close()
+        self.process.terminate()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.drain.join(10)  # its last process has ended then, too
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+    def command(self, method: str, params: JsonObject | None = None, **extra: str) -> Any:
+        self.commands += 1
+        number = self.commands
+        self.socket.send_json({"id": number, "method": method, "params": params or {}, **extra})
+        self.wait(lambda: number in self.replies, 30, method)
+        reply = self.replies.pop(number)
+        if "error" in reply:
+            raise BrowserError(f"{method}: {reply.get('message') or reply['error']}")
+        return reply["result"]
+
+    def wait(self, done: Callable[[], bool], timeout: float, what: str) -> None:
+        """Handle what the browser reports until `done()`."""
+        deadline = time.monotonic() + timeout
+        while not done():
+            try:
+                message = self.socket.recv_json(max(deadline - time.monotonic(), 0.001))
+            except socket.timeout:
+                raise AssertionError(f"{what}: not after {timeout} s") from None
+            if "id" in message:
+                self.replies[message["id"]] = message
+            else:
+                self.event(message["method"], message["params"], message.get("sessionId", ""))
+
+    def event(self, method: str, params: JsonObject, key: str) -> None:
+        page = self.pages.get(key)
+        if page and method == "Page.loadEventFired":
+            page.loads += 1
+        elif page and method == "Runtime.consoleAPICalled":
+            page.log(params["type"], logged_text(params["args"]))
+        elif page and method == "Runtime.exceptionThrown":
+            details = params["exceptionDetails"]
+            page.log("error", details.get("exception", {}).get("description") or details["text"])
+        elif page and method == "Log.entryAdded" and (
+                not params["entry"].get("url", "").endswith("/favicon.ico")):
+            page.log(params["entry"]["level"], params["entry"]["text"])
+
+    def new_page(self, url: str = "about:blank") -> Page:
+        target = self.command("Target.createTarget", {"url": "about:blank"})["targetId"]
+        session = self.command("Target.attachToTarget", {"targetId": target, "flatten": True})
+        page = self.pages[session["sessionId"]] = Page(self, session["sessionId"], target)
+        for domain in "Page", "Runtime", "Log", "Network":
+            page.command(f"{domain}.enable")
+        page.command("Security.setIgnoreCertificateErrors", {"ignore": True})
+        page.navigate(url)
+        return page
+
+
+class Page:
+    """One tab. `console` has all that the page logged, `errors` those lines that are errors."""
+
+    def __init__(self, browser: Chromium, key: str, target: str = "") -> None:
+        self.browser, self.key, self.target, self.loads = browser, key, target, 0
+        self.console: list[str] = []
+        self.errors: list[str] = []
+
+    def log(self, level: str, text: str) -> None:
+        self.console.append(text)
+        if level == "error":
+            self.errors.append(text)
+
+    def evaluate(self, expression: str, await_promise: bool = True) -> Any:
+        """The value, by way of JSON, of one expression (it may use await)."""
+        value = f"await ({expression})" if await_promise else f"void ({expression})"
+        outcome = json.loads(self.run(
+            f"(async () => {{ try {{ return JSON.stringify({{value: {value}}}) }} "
+            "catch (error) { return JSON.stringify({error: String(error)}) } })()"))
+        if "error" in outcome:
+            raise BrowserError(outcome["error"])
+        return outcome.get("value")
+
+    def wait_for(self, condition: str, timeout: float = 20) -> Any:
+        """Poll inside the page until the expression is true; return its value."""
+        return self.evaluate(
+            "(async () => { for (const end = Date.now() + %d;;) { const value = await (%s);"
+            " if (value) return value; if (Date.now() > end) throw new Error(%s);"
+            " await new Promise(done => setTimeout(done, 20)) } })()"
+            % (timeout * 1000, condition, json.dumps(f"not after {timeout} s: {condition}")))
+
+    def wait_console(self, text: str, timeout: float = 20) -> str:
+        """The first logged line with this text; it and the lines before it are consumed."""
+        self.browser.wait(lambda: any(text in line for line in self.console), timeout,
+                          f"{text!r} in {self.console}")
+        index = next(i for i, line in enumerate(self.console) if text in line)
+        line = self.console[index]
+        del self.console[:index + 1]
+        return line
+
+    def command(self, method: str, params: JsonObject | None = None) -> Any:
+        return self.browser.command(method, params, sessionId=self.key)
+
+    def run(self, script: str) -> str:
+        """The string that the promise of this script comes to."""
+        result = self.command("Runtime.evaluate", {
+            "expression": script, "awaitPromise": True, "returnByValue": True})
+        if "exceptionDetails" in result:
+            raise BrowserError(result["result"].get("description"))
+        return str(result["result"]["value"])
+
+    def load(self, method: str, params: JsonObject | None = None) -> None:
+        before = self.loads
+        error = self.command(method, params).get("errorText")
+        if error:
+            raise BrowserError(error)
+        self.browser.wait(lambda: self.loads > before, 30, method)
+
+    def navigate(self, url: str) -> None:
+        self.load("Page.navigate", {"url": url})
+
+    def reload(self) -> None:
+        self.load("Page.reload")
+
+    def activate(self) -> None:
+        """Bring the tab to the front; a newer one hides it, and hidden pages have slow timers."""
+        self.command("Page.bringToFront")
+
+    def close(self) -> None:
+        if self.browser.pages.pop(self.key, None):
+            self.browser.command("Target.closeTarget", {"targetId": self.target})
+
+    def offline(self, offline: bool) -> None:
+        self.command("Network.emulateNetworkConditions", {
+            "offline": offline, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1})
+
+    def freeze(self, frozen: bool) -> None:
+        self.command("Page.setWebLifecycleState", {"state": "frozen" if frozen else "active"})
+
+    def screenshot(self, path: Path, width: int = 1280, height: int = 800, *, dark: bool = False,
+                   mobile: bool = False) -> None:
+        self.activate()
+        self.command("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+        self.command("Emulation.setEmulatedMedia", {"features": [
+            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
+        path.write_bytes(base64.b64decode(self.command("Page.captureScreenshot")["data"]))
+
+
+class Firefox(Chromium):
+    names = ("firefox-esr", "firefox")
+    arguments = ("--no-remote", "--profile", "{profile}")
+
+    def connect(self, url: str) -> WebSocketClient:
+        self.socket = WebSocketClient(f"{url}/session")
+        insecure = {"alwaysMatch": {"acceptInsecureCerts": True}}
+        self.command("session.new", {"capabilities": insecure})
+        self.command("session.subscribe", {"events": ["log.entryAdded"]})
+        return self.socket
+
+    def event(self, method: str, params: JsonObject, key: str) -> None:
+        page = self.pages.get(params.get("source", {}).get("context", ""))
+        if page and method == "log.entryAdded":
+            page.log(params["level"], logged_text(params.get("args", [])) or params["text"])
+
+    def new_page(self, url: str = "about:blank") -> Page:
+        key = self.command("browsingContext.create", {"type": "tab"})["context"]
+        page = self.pages[key] = FirefoxPage(self, key)
+        page.navigate(url)
+        return page
+
+
+class FirefoxPage(Page):
+    def command(self, method: str, params: JsonObject | None = None) -> Any:
+        return self.browser.command(method, {"context": self.key, **(params or {})})
+
+    def run(self, script: str) -> str:
+        outcome = self.browser.command("script.evaluate", {
+            "expression": script, "awaitPromise": True, "target": {"context": self.key}})
+        if outcome["type"] == "exception":
+            raise BrowserError(outcome["exceptionDetails"]["text"])
+        return str(outcome["result"]["value"])
+
+    def navigate(self, url: str) -> None:
+        self.command("browsingContext.navigate", {"url": url, "wait": "complete"})
+
+    def reload(self) -> None:
+        self.command("browsingContext.reload", {"wait": "complete"})
+
+    def activate(self) -> None:
+        self.command("browsingContext.activate")
+
+    def close(self) -> None:
+        if self.browser.pages.pop(self.key, None):
+            self.command("browsingContext.close")
+
+    def offline(self, offline: bool) -> None:
+        conditions = {"type": "offline"} if offline else None
+        self.browser.command("emulation.setNetworkConditions", {
+            "networkConditions": conditions, "contexts": [self.key]})
+
+
+# ---- Fixtures ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def serve(app: WebChannels, **options: Any) -> Iterator[str]:
+    """Serve from a background thread on a free port; the value is the URL."""
+    url = app.up(**{"port": 0, **options}, block=False)
+    try:
+        yield url
+    finally:
+        app.down()
+
+
+BROWSERS: dict[type[Chromium], Chromium] = {}
+
+
+def browser(kind: type[Chromium]) -> Chromium:
+    """One process of each kind, shared by all tests of the module."""
+    if not kind.program():
+        raise unittest.SkipTest(f"needs {' or '.join(kind.names)}")
+    if kind not in BROWSERS:
+        BROWSERS[kind] = kind()
+        unittest.addModuleCleanup(BROWSERS[kind].close)
+    return BROWSERS[kind]
+
+
+def certificate(folder: Path) -> Path:
+    """A new self-signed certificate for localhost and 127.0.0.1, with its key, in one PEM file."""
+    if not shutil.which("openssl"):
+        raise unittest.SkipTest("needs openssl")
+    path = folder / "localhost.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+                    "-keyout", path, "-out", folder / "cert.pem", "-subj", "/CN=localhost",
+                    "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
+                   check=True, capture_output=True)
+    with path.open("ab") as pem:
+        pem.write((folder / "cert.pem").read_bytes())
+    return path
+
+
+class Terminal:
+    """A program on a pseudo-terminal of its own: type a line, expect a text."""
+
+    def __init__(self, *command: str, cwd: Path = HERE, **environment: str) -> None:
+        self.fd, child = pty.openpty()
+        # sh opens the terminal once more, which makes it the controlling one: Ctrl+C works.
+        self.process = subprocess.Popen(
+            ["sh", "-c", 'exec "$@" <"$0" >"$0" 2>&1', os.ttyname(child), *command], cwd=cwd,
+            stdin=child, stdout=child, stderr=child, start_new_session=True,
+            env={**os.environ, "TERM": "dumb", **environment})
+        os.close(child)
+        self.output = ""  # what `expect()` has not consumed
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop(signal.SIGKILL)
+        os.close(self.fd)
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def expect(self, pattern: str, timeout: float = 20) -> re.Match[str]:
+        """Read up to the regular expression; what follows it is for the next call."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = re.search(pattern, self.output)
+            if found:
+                self.output = self.output[found.end():]
+                return found
+            if not select.select([self.fd], [], [], max(deadline - time.monotonic(), 0))[0]:
+                raise AssertionError(f"no {pattern!r} after {timeout} s in {self.output!r}")
+            try:
+                data = os.read(self.fd, 65536)
+            except OSError:
+                raise AssertionError(f"ended without {pattern!r}: {self.output!r}") from None
+            self.output += data.decode(errors="replace").replace("\r\n", "\n")
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
+        """Send the signal; the exit status (negative: the signal that ended it)."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+
+def run_python(*arguments: str, cwd: Path = HERE, timeout: float = 60,
+               **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, timeout=timeout, text=True,
+                          stdin=subprocess.DEVNULL, capture_output=True,
+                          env={**os.environ, **environment})
+
+
+# ---- channels.js inside webchannels.py -----------------------------------------------------------
+
+
+def embedded() -> str:
+    """webchannels.py as it is with today's channels.js in it."""
+    module = (HERE / "webchannels.py").read_text(encoding="utf-8")
+    head, begin, rest = module.partition('\nCHANNELS_JS: str = r"""')
+    _, end, tail = rest.partition('"""\n')
+    assert begin and end, "webchannels.py has no CHANNELS_JS"
+    client = (HERE / "channels.js").read_text(encoding="utf-8")
+    assert '"""' not in client, 'three quotes in channels.js would end the Python string'
+    return head + begin + client + end + tail
+
+
+class EmbeddedClient(unittest.TestCase):
+    def test_webchannels_py_has_the_channels_js_beside_it(self) -> None:
+        client = (HERE / "channels.js").read_text(encoding="utf-8")
+        self.assertTrue(webchannels.CHANNELS_JS == client,
+                        "they differ: run `python3 test_webchannels.py --embed`")
+
+
+# ---- Paths ---------------------------------------------------------------------------------------
+
+
+class RouterTest(unittest.TestCase):
+    def found(self, router: webchannels.Router, path: str) -> Any:
+        found = router.find(path, decode=True)
+        return found and (found[0][""].handler(), *found[1])
+
+    def test_paths(self) -> None:
+        router = webchannels.Router()
+        for path in ("/", "/a", "/a/:x", "/a/:x/b", "/a/b", "/n/:n::int", "/n/:f::float", "/n/:s",
+                     "/:one/:two", "/deep/:a/:b::int/c"):
+            router.add(path, webchannels.Endpoint(lambda path=path: path, path))
+        for path, expected in {
+                "/": ("/",), "/a": ("/a",), "/a/": None, "/b": None, "/a/b": ("/a/b",),
+                "/a/c": ("/a/:x", "c"), "/a/b/b": ("/a/:x/b", "b"), "/a/b/c": None,
+                "/n/5": ("/n/:n::int", 5), "/n/-5": ("/n/:n::int", -5), "/n/007": ("/n/:n::int", 7),
+                "/n/5.5": ("/n/:f::float", 5.5), "/n/1_0": ("/n/:s", "1_0"),
+                "/n/%205": ("/n/:s", " 5"), "/n/+5": ("/n/:s", "+5"), "/n/x": ("/n/:s", "x"),
+                "/n/\u0665": ("/n/:s", "\u0665"), "/n/nan": ("/n/:s", "nan"),
+                "/n/1e999": ("/n/:s", "1e999"), "/n/": None, "/x/y": ("/:one/:two", "x", "y"),
+                "/a%2Fb/c": ("/:one/:two", "a/b", "c"), "/%61": ("/a",), "//y": None,
+                "/caf%C3%A9/z": ("/:one/:two", "caf\u00e9", "z"), "/deep/q/7/c": (
+                    "/deep/:a/:b::int/c", "q", 7), "/deep/q/r/c": None}.items():
+            with self.subTest(path):
+                self.assertEqual(self.found(router, path), expected)
+        self.assertEqual(router.find("/a%2Fb/c")[1], ("a%2Fb", "c"))  # type: ignore[index]
+        with self.assertRaises(UnicodeDecodeError):
+            router.find("/%ff/x", decode=True)
+
+    def test_replacing(self) -> None:
+        router = webchannels.Router()
+        for path, other in (("/a", "/a"), ("/:x/y", "/:other/y")):
+            router.add(path, webchannels.Endpoint(lambda: "old", path))
+            router.add(other, webchannels.Endpoint(lambda: "new", other))
+            self.assertEqual(self.found(router, "/a" if path == "/a" else "/q/y")[0], "new")
+
+    def test_bad_registrations(self) -> None:
+        app = WebChannels()
+        for path in ("a", "", "/:", "/:1", "/:n::complex", "/:n/:n", "/:n::"[:-1]):
+            for register in (app.route, app.channel):
+                with self.subTest(path), self.assertRaises(ValueError):
+                    register(path, lambda: None)
+        with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for.*payload"):
+            app.channel("/____/x", lambda nobody: None)
+        with self.assertRaisesRegex(TypeError, "not a callable"):
+            app.route("/", 5)  # type: ignore[type-var]
+        with self.assertRaisesRegex(ValueError, "method"):
+            app.route("/", lambda: "", method="G ET")
+        with self.assertRaisesRegex(TypeError, "async"):
+            async def handler() -> None: ...
+            app.route("/", handler, threaded=True)
+        with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
+            app.on_connect(lambda payload: None)
+        app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
+        for name in ("", "/a", "a/", "/"):
+            with self.assertRaises(ValueError):
+                app.channels_support(name)
+
+
+# ---- Frames: bytes in, events out ----------------------------------------------------------------
+
+HELLO = "H\u00e9llo \u20ac \U0001f600"
+
+
+def frame(opcode: int, payload: bytes = b"", *, fin: bool = True, rsv: int = 0, length: int = -1,
+          mask: bytes = b"\x37\xfa\x21\x3d") -> bytes:
+    """A client's frame; `length` claims another length than the payload's."""
+    size = len(payload) if length < 0 else length
+    head = bytes([fin << 7 | rsv << 4 | opcode])
+    head += bytes([128 | size]) if size < 126 else struct.pack("!BH", 254, size) \
+        if size < 65536 else struct.pack("!BQ", 255, size)
+    return head + mask + bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
+
+
+def packed(data: bytes, final: bool = False) -> bytes:
+    deflater = zlib.compressobj(wbits=-15)
+    if final:  # RFC 7692, 7.2.3.4
+        return deflater.compress(data) + deflater.flush() + b"\0"
+    return (deflater.compress(data) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+
+def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: bool = False) -> list[Any]:
+    """What a FrameReader makes of these chunks; a failure comes as its close code."""
+    reader, found = webchannels.FrameReader(limit, inflate), []
+    for chunk in chunks:
+        found += reader.receive(chunk)
+        while reader.more:
+            found += reader.receive(b"")
+    return [(kind, data.code if kind == webchannels.FAIL else data) for kind, data in found]
+
+
+class FrameReaderTest(unittest.TestCase):
+    def test_messages_and_round_trips_at_every_length_boundary(self) -> None:
+        limit = 70000
+        for size in (0, 1, 4, 125, 126, 127, 4095, 4096, 4097, 65535, 65536, limit):
+            data = os.urandom(size)
+            text = "x" * size
+            stream = frame(BINARY, data) + frame(TEXT, text.encode())
+            self.assertEqual(events([stream], limit), [(BINARY, data), (TEXT, text)])
+            encoded = webchannels.encode_frame(BINARY, data)
+            start = {True: 2, False: 4}[size < 126] if size < 65536 else 10
+            self.assertEqual(encoded[start:], data)
+            masked = bytes([encoded[0], encoded[1] | 128]) + encoded[2:start] + bytes(4) + data
+            self.assertEqual(events([masked], limit), [(BINARY, data)])
+        for opcode in (TEXT, BINARY):
+            for parts in ([frame(opcode, b"x" * (limit + 1))],
+                          [frame(opcode, b"x" * limit, fin=False) + frame(CONTINUATION, b"x")]):
+                self.assertEqual(events(parts, limit), [(webchannels.FAIL, 1009)])
+        # Refused by the header alone, before the payload.
+        self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
+        self.assertEqual(events([frame(TEXT, b"123456")], 5), [(-1, 1009)])
+
+    SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {
+        "fragments with control frames between": (
+            frame(TEXT, b"a", fin=False) + frame(PING, b"p") + frame(CONTINUATION, b"", fin=False)
+            + frame(PONG) + frame(CONTINUATION, b"b") + frame(BINARY, b"c"),
+            [(PING, b"p"), (PONG, b""), (TEXT, "ab"), (BINARY, b"c")]),
+        "characters across fragments": (
+            b"".join(frame(TEXT if not i else CONTINUATION, bytes([b]), fin=False)
+                     for i, b in enumerate(HELLO.encode())) + frame(CONTINUATION),
+            [(TEXT, HELLO)]),
+        "nothing behind a close": (
+            frame(TEXT, b"a") + frame(CLOSE, b"\x03\xe8bye") + frame(TEXT, b"b") + b"\xff\xff",
+            [(TEXT, "a"), (CLOSE, (1000, "bye"))]),
+        "a close without a code": (frame(CLOSE), [(CLOSE, (1005, ""))]),
+        "messages before the error": (
+            frame(TEXT, b"a") + frame(3) + frame(TEXT, b"b"), [(TEXT, "a"), (-1, 1002)]),
+        "an unmasked frame": (b"\x81\x01a", [(-1, 1002)]),
+        "an unmasked control frame": (b"\x89\x00", [(-1, 1002)]),
+        "nothing to continue": (frame(CONTINUATION, b"a"), [(-1, 1002)]),
+        "a message inside a message": (
+            frame(TEXT, b"a", fin=False) + frame(TEXT, b"b"), [(-1, 1002)]),
+        "a binary one inside a message": (
+            frame(TEXT, b"a", fin=False) + frame(BINARY, b"b"), [(-1, 1002)]),
+        "a fragmented ping": (frame(PING, b"a", fin=False), [(-1, 1002)]),
+        "a long ping": (frame(PING, bytes(126)), [(-1, 1002)]),
+        "a length that fits 7 bits in 16": (b"\x82\xfe\0\x7d", [(-1, 1002)]),
+        "a length that fits 16 bits in 64": (b"\x82\xff" + struct.pack("!Q", 65535), [(-1, 1002)]),
+        "a length with the top bit set": (b"\x82\xff" + struct.pack("!Q", 1 << 63), [(-1, 1002)]),
+        "text that is not UTF-8": (frame(TEXT, b"a\xff"), [(-1, 1007)]),
+        "text cut in a character": (frame(TEXT, b"a\xe2\x82"), [(-1, 1007)]),
+        "a close reason that is not UTF-8": (frame(CLOSE, b"\x03\xe8\xff"), [(-1, 1007)]),
+        "half a close code": (frame(CLOSE, b"\x03"), [(-1, 1002)]),
+        **{f"reserved opcode {opcode}": (frame(opcode), [(-1, 1002)])
+           for opcode in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15)},
+        **{f"reserved bits {rsv}": (frame(TEXT, b"a", rsv=rsv), [(-1, 1002)])
+           for rsv in range(1, 8)},
+    }
+    DEFLATED: dict[str, tuple[bytes, list[Any]]] = {
+        "one message": (frame(TEXT, packed(b"hello" * 9), rsv=4), [(TEXT, "hello" * 9)]),
+        "an empty one": (frame(TEXT, packed(b""), rsv=4), [(TEXT, "")]),
+        "a plain one": (frame(TEXT, b"a"), [(TEXT, "a")]),
+        "several": (frame(TEXT, packed(b"a"), rsv=4) + frame(BINARY, packed(b"b"), rsv=4)
+                    + frame(TEXT, b"c"), [(TEXT, "a"), (BINARY, b"b"), (TEXT, "c")]),
+        "in fragments": (
+            frame(BINARY, packed(b"abc" * 50)[:5], fin=False, rsv=4) + frame(PING)
+            + frame(CONTINUATION, packed(b"abc" * 50)[5:]), [(PING, b""), (BINARY, b"abc" * 50)]),
+        "with a final block": (frame(TEXT, packed(b"abc", final=True), rsv=4), [(TEXT, "abc")]),
+        "with two final blocks": (
+            frame(TEXT, packed(b"abc", final=True)[:-1] + packed(b"def"), rsv=4),
+            [(TEXT, "abcdef")]),
+        "a flood of final blocks": (frame(TEXT, b"\x03\x00" * 40, rsv=4), [(-1, 1007)]),
+        "not deflate": (frame(TEXT, b"\xff\xff\xff", rsv=4), [(-1, 1007)]),
+        "cut short": (frame(TEXT, packed(os.urandom(99))[:50], rsv=4), [(-1, 1007)]),
+        "text in it that is not UTF-8": (frame(TEXT, packed(b"a\xff"), rsv=4), [(-1, 1007)]),
+        "a surrogate in it": (frame(TEXT, packed(b"\xed\xa0\x80"), rsv=4), [(-1, 1007)]),
+        "rsv1 on a continuation": (
+            frame(TEXT, b"a", fin=False) + frame(CONTINUATION, b"b", rsv=4), [(-1, 1002)]),
+        "rsv1 on a ping": (frame(PING, rsv=4), [(-1, 1002)]),
+        "rsv2": (frame(TEXT, b"a", rsv=2), [(-1, 1002)]),
+    }
+
+    def test_sequences_split_at_every_point(self) -> None:
+        for inflate, sequences in ((False, self.SEQUENCES), (True, self.DEFLATED)):
+            for name, (stream, expected) in sequences.items():
+                with self.subTest(name):
+                    self.assertEqual(events([stream], inflate=inflate), expected)
+                    for at in range(1, len(stream)):
+                        self.assertEqual(events([stream[:at], stream[at:]], inflate=inflate),
+                                         expected, at)
+                    self.assertEqual(events([bytes([b]) for b in stream], inflate=inflate),
+                                     expected)
+
+    def test_random_splits_and_random_damage(self) -> None:
+        """Whatever arrives, every way of splitting it gives the same, and nothing is raised."""
+        random = Random(6455)
+        sequences = [(stream, inflate) for inflate, table in
+                     ((False, self.SEQUENCES), (True, self.DEFLATED))
+                     for stream, _ in table.values()]
+        failures = 0
+        for _ in range(4000):
+            stream, inflate = random.choice(sequences)
+            data = bytearray(random.choice(sequences)[0] + stream)
+            for _ in range(random.randrange(4)):
+                data[random.randrange(len(data))] = random.randrange(256)
+            cuts = sorted(random.sample(range(len(data) + 1), min(5, len(data))))
+            chunks = [bytes(data[a:b]) for a, b in zip([0, *cuts], [*cuts, len(data)])]
+            whole = events([bytes(data)], 1000, inflate)
+            failures += bool(whole and whole[-1][0] == webchannels.FAIL)
+            self.assertEqual(events(chunks, 1000, inflate), whole, chunks)
+        self.assertTrue(500 < failures < 3900, failures)
+
+    def test_close_codes(self) -> None:
+        good = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
+        for code in [*range(0, 1100), 1999, 2000, 2999, *range(3000, 5100, 99), 4999, 5000, 65535]:
+            expected = (CLOSE, (code, "")) if code in good else (-1, 1002)
+            self.assertEqual(events([frame(CLOSE, struct.pack("!H", code))]), [expected])
+
+    def test_bad_utf_8_is_refused_at_its_first_bad_byte(self) -> None:
+        """Every prefix of up to three bytes, by Python's own strict decoder as the judge."""
+        def judge(data: bytes) -> bool:
+            """Can this still become UTF-8?"""
+            tails = [first + rest for first in (b"", b"\x80", b"\x90", b"\xa0")
+                     for rest in (b"", b"\x80", b"\x80\x80")]
+            for tail in tails:
+                with contextlib.suppress(UnicodeDecodeError):
+                    return bool((data + tail).decode()) or True
+            return False
+
+        firsts = [0x00, 0x7f, 0x80, 0xbf, *range(0xc0, 0x100)]
+        seconds = [0x00, 0x7f, 0x80, 0x8f, 0x90, 0x9f, 0xa0, 0xbf, 0xc0, 0xff]
+        prefixes = [bytes([a]) for a in firsts] + [bytes([a, b]) for a in firsts for b in seconds]
+        prefixes += [bytes([a, b, c]) for a in firsts for b in seconds for c in seconds]
+        for prefix in prefixes:
+            expected = [] if judge(prefix) else [(-1, 1007)]
+            # A frame whose end has not arrived, with nothing, or a fragment, before it.
+            self.assertEqual(events([frame(TEXT, prefix, length=50)]), expected, prefix)
+            self.assertEqual(events([frame(TEXT, prefix[:1], fin=False)
+                                     + frame(CONTINUATION, prefix[1:], length=50)]), expected)
+            deflated = frame(TEXT, packed(b"ok" + prefix), rsv=4, fin=False)
+            self.assertEqual(events([deflated], inflate=True), expected)
+
+    def test_a_deflate_bomb_costs_no_more_than_the_limit(self) -> None:
+        limit = 1 << 20
+        bomb = frame(BINARY, packed(bytes(200 << 20)), rsv=4)
+        self.assertLess(len(bomb), limit)
+        fits = frame(BINARY, packed(bytes(limit)), rsv=4)
+        tracemalloc.start()
+        self.assertEqual(events([bomb], limit, True), [(-1, 1009)])
+        reader = webchannels.FrameReader(limit, True)
+        self.assertEqual([kind for kind, _ in reader.receive(fits * 100)], [BINARY])
+        self.assertTrue(reader.more)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertLess(peak, 6 * limit)
+
+    def test_negotiation(self) -> None:
+        answer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+        for offer, expected in {
+                "": ("", 0), "permessage-deflate": (answer, 15), "x-webkit-deflate": ("", 0),
+                "permessage-deflate; client_max_window_bits": (answer, 15),
+                "Permessage-Deflate;client_max_window_bits=10": (
+                    answer + "; client_max_window_bits=10", 15),
+                'permessage-deflate; server_max_window_bits="9"': (
+                    answer + "; server_max_window_bits=9", 9),
+                "permessage-deflate; server_no_context_takeover; client_no_context_takeover": (
+                    answer, 15),
+                "permessage-deflate; server_max_window_bits=8, permessage-deflate": (answer, 15),
+                "foo, bar; x=1, permessage-deflate; server_max_window_bits=12": (
+                    answer + "; server_max_window_bits=12", 12),
+                **{f"permessage-deflate; {parameter}": ("", 0) for parameter in (
+                    "unknown", "server_max_window_bits", "server_max_window_bits=7",
+                    "server_max_window_bits=8", "server_max_window_bits=16",
+                    "server_max_window_bits=09", "client_max_window_bits=7",
+                    'client_max_window_bits=""', "client_max_window_bits=1000000",
+                    "server_no_context_takeover=1", "client_max_window_bits=; x", "",
+                    "client_no_context_takeover; client_no_context_takeover",
+                    "server_max_window_bits=10; server_max_window_bits=10")}}.items():
+            with self.subTest(offer):
+                self.assertEqual(webchannels.negotiate_deflate(offer), expected)
+
+
+# ---- The server, over real sockets ---------------------------------------------------------------
+
+
+class ServerTest(unittest.TestCase):
+    """An app of its own for each test; `self.url` is where it serves."""
+
+    def setUp(self) -> None:
+        self.app = WebChannels()
+        self.app.channel("/____/echo", lambda payload: payload)
+        self.enterContext_(quiet())
+        self.configure(self.app)
+        self.url = self.enterContext_(serve(self.app))
+
+    def configure(self, app: WebChannels) -> None:
+        """Overridden by what needs other settings or handlers."""
+
+    def enterContext_(self, manager: Any) -> Any:  # unittest has it from Python 3.11 on
+        value = manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+        return value
+
+    def connect(self, **options: Any) -> WebSocketClient:
+        client = WebSocketClient(self.url, **options)
+        self.addCleanup(client.close)
+        return client
+
+    def subscribed(self, channel: str = "____", **options: Any) -> WebSocketClient:
+        """A client of webchannels.v1, subscribed to the channel."""
+        client = self.connect(**{"subprotocol": "webchannels.v1", **options})
+        client.send_json({"channel": channel, "message": "subscribe", "ref": 1})
+        self.assertEqual(client.recv_json(), {"ref": 1, "payload": "Subscription: OK"})
+        return client
+
+    def until(self, condition: Callable[[], Any], timeout: float = 10) -> Any:
+        """Wait for what no event tells of."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            value = condition()
+            if value:
+                return value
+            time.sleep(0.005)
+        self.fail("it did not happen")
+
+    def raw(self, data: bytes) -> Reply:
+        return http(self.url, data)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what tests provoke on purpose out of the output."""
+    logger = logging.getLogger("webchannels")
+    before, logger.level = logger.level, logging.CRITICAL + 1
+    try:
+        yield
+    finally:
+        logger.level = before
+
+
+class HttpTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        app.config.max_header_size = 2000
+        app.config.max_body_size = 1000
+        app.route("/", lambda: "index")
+        app.route("/bytes", lambda: b"\0\1")
+        app.route("/dict", lambda: {"a": float("nan"), "b": "\u00e9"})
+        app.route("/list", lambda: [1])
+        app.route("/none", lambda: None)
+        app.route("/wrong", lambda: 5)
+        app.route("/boom", lambda: 1 / 0)
+        app.route("/error", self.error)
+        app.route("/response", lambda: Response("x", 201, [("X-A", "1"), ("X-A", "2")], "text/x"))
+        app.route("/hi/:name/:n::int", lambda name, n, q="-": {"name": name, "n": n, "q": q})
+        app.route("/needs", lambda who: who)
+        app.route("/thread", lambda: threading.current_thread().name, threaded=True)
+        app.route("/async", self.asynchronous)
+        app.route("/cookies", lambda request: request.cookies)
+        app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            app.route("/data", self.data, method=method)
+
+    def error(self) -> None:
+        raise HTTPError(418, "short and stout", {"X-Pot": "tea"})
+
+    async def asynchronous(self, request: Request) -> str:
+        await asyncio.sleep(0)
+        return f"{request.method} {request.headers['user-AGENT']} {self.app.params('q')}"
+
+    def data(self, request: Request) -> dict[str, Any]:
+        return {key: value for key, value in self.app.params().items() if key != "request"} | {
+            "size": len(request.body), "method": request.method} if sys.version_info >= (3, 9) else {}
+
+    def test_what_handlers_return(self) -> None:
+        for path, status, kind, body in (
+                ("/", 200, "text/html; charset=utf-8", b"index"),
+                ("/bytes", 200, "application/octet-stream", b"\0\1"),
+                ("/dict", 200, "application/json", '{"a":null,"b":"\u00e9"}'.encode()),
+                ("/list", 200, "application/json", b"[1]"), ("/none", 204, None, b""),
+                ("/wrong", 500, "text/plain; charset=utf-8", b"Internal server error"),
+                ("/boom", 500, "text/plain; charset=utf-8", b"Internal server error"),
+                ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
+                ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
+                ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
+                ("/hi/bob/5?q=a%20b&x", 200, None, b'{"name":"bob","n":5,"q":"a b"}'),
+                ("/hi/b%2Fb/5", 200, None, b'{"name":"b/b","n":5,"q":"-"}'),
+                ("/hi/bob/x", 404, None, b"Not found"), ("/hi/%ff/5", 400, None, None),
+                ("/needs", 400, None, b"The parameter who is missing"),
+                ("/needs?who=me", 200, None, b"me"), ("/?%ff=%ff", 400, None, None),
+                ("/needs?who=1&who=2", 200, None, b"2")):
+            with self.subTest(path):
+                reply = request("GET", self.url + path)
+                self.assertEqual(reply.status, status)
+                if body is not None:
+                    self.assertEqual(reply.body, body)
+                if kind:
+                    self.assertEqual(reply.headers["content-type"], kind)
+                self.assertEqual(reply.headers.get("content-length"),
+                                 None if status == 204 else str(len(reply.body)))
+                self.assertNotIn(b"Traceback", reply.body)
+                self.assertNotIn("server", reply.headers)
+                self.assertLess(abs(email.utils.parsedate_to_datetime(
+                    reply.headers["date"]).timestamp() - time.time()), 5)
+        self.assertIn("webchannels", request("GET", self.url + "/thread").body.decode())
+        self.assertEqual(request("GET", self.url + "/async?q=7", {"User-Agent": "me"}).body,
+                         b"GET me 7")
+        self.assertEqual(request("GET", self.url + "/response").headers["x-a"], "1, 2")
+        self.assertEqual(request("GET", self.url + "/error").headers["x-pot"], "tea")
+        self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a=1; b=\"2\""}).body,
+                         b'{"a":"1","b":"2"}')
+
+    def test_a_failing_handler_is_logged_with_its_traceback(self) -> None:
+        logging.getLogger("webchannels").level = logging.NOTSET
+        with self.assertLogs("webchannels", "ERROR") as logs:
+            request("GET", self.url + "/boom")
+        self.assertIn("ZeroDivisionError", logs.output[0])
+
+    def test_methods(self) -> None:
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            reply = request(method, self.url + "/data?q=1", {}, b"abc")
+            self.assertEqual(json.loads(reply.body), {"q": "1", "size": 3, "method": method})
+        with Connection(self.url + "/") as connection:
+            connection.send_raw(b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            reply = connection.response("HEAD")
+            self.assertEqual((reply.status, reply.headers["content-length"]), (200, "5"))
+            connection.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertEqual(connection.response().body, b"index")
+        for method, path, status, allow in (
+                ("POST", "/", 405, "GET, HEAD, OPTIONS"), ("OPTIONS", "/", 204, "GET, HEAD, OPTIONS"),
+                ("GET", "/data", 405, "DELETE, OPTIONS, PATCH, POST, PUT"),
+                ("OPTIONS", "/nope", 404, None), ("TRACE", "/", 501, None), ("BREW", "/", 501, None),
+                ("BREW", "/nope", 501, None), ("CONNECT", "/", 501, None)):
+            reply = request(method, self.url + path)
+            self.assertEqual((reply.status, reply.headers.get("allow")), (status, allow), method)
+        reply = self.raw(b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertEqual(reply.headers["allow"], "DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT")
+
+    def test_bodies(self) -> None:
+        for kind, body, expected in (
+                ("application/x-www-form-urlencoded", b"a=1&b=%C3%A9&c=&q=2",
+                 {"a": "1", "b": "\u00e9", "c": "", "q": "2"}),
+                ("application/json", b'{"a":[1],"q":2}',
+                 {"a": [1], "q": 2, "payload": {"a": [1], "q": 2}}),
+                ("application/vnd.x+json; charset=utf-8", b"[1]", {"payload": [1], "q": "0"}),
+                ("text/plain", b"a=1", {"q": "0"})):
+            reply = request("POST", self.url + "/data?q=0", {"Content-Type": kind}, body)
+            self.assertEqual(json.loads(reply.body),
+                             {**expected, "size": len(body), "method": "POST"})
+        for kind, body in (("application/json", b"{"), ("application/json", b'{"a":NaN}'),
+                           ("application/json", b"[" * 900), ("application/json", b"\xff"),
+                           ("application/x-www-form-urlencoded", b"a=%ff"),
+                           ("application/x-www-form-urlencoded", b"\xff=1")):
+            if body == b"[" * 900:
+                self.app.config.max_body_size = 1 << 20
+                body = b"[" * 200_000
+            reply = request("POST", self.url + "/data", {"Content-Type": kind}, body)
+            self.assertEqual(reply.status, 400, body[:20])
+        self.app.config.max_body_size = 1000
+
+    def test_chunked_and_continue_and_pipelining(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(
+                b"POST /data HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: Chunked\r\n\r\n"
+                b"3\r\nabc\r\n00A;ext=\"1\"\r\n0123456789\r\n0\r\nTrailer: x\r\n\r\n"
+                b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                b"\r\nGET /list HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertEqual(json.loads(connection.response().body)["size"], 13)
+            self.assertEqual(connection.response().body, b"index")
+            self.assertEqual(connection.response().body, b"[1]")
+            connection.send_raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n"
+                                b"Expect: 100-continue\r\n\r\n")
+            self.assertEqual(connection.response().status, 100)
+            connection.send_raw(b"abc")
+            self.assertEqual(json.loads(connection.response().body)["size"], 3)
+
+    def test_keep_alive(self) -> None:
+        for head, kept in ((b"HTTP/1.1\r\nHost: localhost\r\n", True),
+                           (b"HTTP/1.1\r\nHost: localhost\r\nConnection: x, Close\r\n", False),
+                           (b"HTTP/1.0\r\n", False),
+                           (b"HTTP/1.0\r\nConnection: keep-alive\r\n", True)):
+            with Connection(self.url) as connection:
+                connection.send_raw(b"GET / " + head + b"\r\n")
+                reply = connection.response()
+                self.assertEqual(reply.body, b"index")
+                if kept:
+                    connection.send_raw(b"GET / " + head + b"\r\n")
+                    self.assertEqual(connection.response().body, b"index")
+                else:
+                    self.assertEqual(reply.headers["connection"], "close")
+                    self.assertEqual(connection.rest(), b"")
+
+    REQUESTS: list[tuple[int, bytes]] = [
+        (200, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (200, b"GET http://localhost/ HTTP/1.1\r\nHost: other.example\r\n\r\n"),
+        (200, b"GET / HTTP/1.0\r\n\r\n"),
+        (200, b"GET / HTTP/1.1\r\nhost:localhost:80  \r\nX-Empty:\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: user@localhost\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost/x\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\nHost: localhost\n\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\rX: y\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\rHost: localhost\r\r"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\0b\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\x01b\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost : localhost\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\n X: folded\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: a\r\n\tfolded\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\n Host: localhost\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\n: empty\r\n\r\n"),
+        (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nX\xff: y\r\n\r\n"),
+        (400, b"GET  / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET / HTTP/1.1 \r\nHost: localhost\r\n\r\n"),
+        (400, b" GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET / http/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET /\r\nHost: localhost\r\n\r\n"),
+        (400, b"G@T / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET nope HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET /#x HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (400, b"\x16\x03\x01\x00\xa5\x01\r\n\r\n"),
+        (505, b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n"),
+        (505, b"PRI * HTTP/2.0\r\n\r\n"),
+        (501, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (417, b"POST /data HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\n\r\n"),
+        (414, b"GET /" + b"a" * 3000),
+        (414, b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (431, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3000),
+        (431, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 500),
+    ]
+    BODIES: list[tuple[int, bytes]] = [
+        (200, b"Content-Length: 3\r\n\r\nabc"),
+        (200, b"Content-Length: 003\r\n\r\nabc"),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n3 ; x\r\nabc\r\n000\r\nA: b\r\n\r\n"),
+        (400, b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n"),
+        (400, b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
+        (400, b"Content-Length: 3\r\nContent-Length: 3\r\n\r\nabc"),
+        (400, b"Content-Length: 3, 4\r\n\r\nabcd"), (400, b"Content-Length: +3\r\n\r\nabc"),
+        (400, b"Content-Length: -3\r\n\r\nabc"), (400, b"Content-Length: 3 3\r\n\r\nabc"),
+        (400, b"Content-Length: 0x3\r\n\r\nabc"), (400, b"Content-Length: 3_0\r\n\r\nabc"),
+        (400, b"Content-Length:\r\n\r\n"), (400, b"Content-Length: \xb2\r\n\r\nabc"),
+        (400, b"Content-Length : 3\r\n\r\nabc"), (400, b"Content-Length: 9" + b"9" * 99 + b"\r\n\r\n"),
+        (413, b"Content-Length: 1001\r\n\r\n"), (413, b"Content-Length: 999999999999\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n"),
+        (501, b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
+        (501, b"Transfer-Encoding: identity\r\n\r\n"), (501, b"Transfer-Encoding: gzip\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n+3\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n 3\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n-1\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;\nabc\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;a\rb\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;" + b"a" * 300),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n000000003\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n0\r\nbad trailer\r\n\r\n"),
+        (431, b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 500),
+        (413, b"Transfer-Encoding: chunked\r\n\r\n3E9\r\n"),
+        (413, b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFF\r\n"),
+        (413, b"Transfer-Encoding: chunked\r\n\r\n200\r\n" + b"a" * 512 + b"\r\n200\r\n"),
+    ]
+
+    def test_requests_without_ambiguity(self) -> None:
+        """RFC 9112: what two readers could understand differently is refused, with a close."""
+        table = self.REQUESTS + [
+            (status, b"POST /data HTTP/1.1\r\nHost: localhost\r\n" + rest)
+            for status, rest in self.BODIES]
+        table.append((400, b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"))
+        for status, data in table:
+            with self.subTest(data[:120]), Connection(self.url) as connection:
+                # Were anything read behind an error, the second request would be answered, too.
+                again = b"GET /list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+                connection.send_raw(data + (again if status == 200 or data.endswith(b"\n") else b""))
+                reply = connection.response()
+                self.assertEqual(reply.status, status)
+                if status == 200:
+                    connection.rest() if b"HTTP/1.0" in data else self.assertEqual(
+                        connection.response().body, b"[1]")
+                else:
+                    self.assertEqual(reply.headers.get("connection"), "close")
+                    self.assertEqual(connection.rest(), b"")
+
+    def test_every_split_of_a_request_gives_the_same(self) -> None:
+        def read(chunks: Sequence[bytes]) -> list[Any]:
+            reader, found = webchannels.RequestReader(200, 50), []
+            for chunk in chunks:
+                reader.receive(chunk)
+                try:
+                    request = reader.next()
+                    while request is not None:
+                        found.append((request.method, request.target, request.body,
+                                      dict(request.headers)))
+                        request = reader.next()
+                except HTTPError as error:
+                    return [*found, error.status]
+            return found
+
+        streams = [data for _, data in self.REQUESTS] + [
+            b"POST /data HTTP/1.1\r\nHost: a\r\n" + data for _, data in self.BODIES]
+        statuses = set()
+        for stream in streams:
+            stream = stream[:400] + b"GET /2 HTTP/1.1\r\nHost: b\r\n\r\n"
+            whole = read([stream])
+            statuses |= {each for each in whole if isinstance(each, int)}
+            for at in range(1, len(stream)):
+                self.assertEqual(read([stream[:at], stream[at:]]), whole, stream)
+            self.assertEqual(read([bytes([b]) for b in stream]), whole, stream)
+        self.assertGreater(len(statuses), 5)
+
+
+class TimeLimitsTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        app.config.handshake_timeout = 0.3
+        app.config.keep_alive_timeout = 0.4
+        app.config.ping_interval = 0.3
+        app.config.ping_timeout = 0.3
+        app.config.disconnected_ttl = 0.2
+        app.route("/", lambda: "index")
+        app.route("/", lambda request: str(len(request.body)), method="POST")
+        app.channel("/____/slow", self.slow)
+
+    async def slow(self) -> str:
+        await asyncio.sleep(1)
+        return "slept"
+
+    def test_slow_requests(self) -> None:
+        begun = time.monotonic()
+        for part in (b"G", b"GET / HT", b"GET / HTTP/1.1\r\nHost: local", b"POST / HTTP/1.1\r\n"
+                     b"Host: localhost\r\nContent-Length: 10\r\n\r\nabc", b"POST / HTTP/1.1\r\n"
+                     b"Host: localhost\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab"):
+            with self.subTest(part), Connection(self.url) as connection:
+                connection.send_raw(part)
+                self.assertEqual(connection.response().status, 408)
+                self.assertEqual(connection.rest(), b"")
+        self.assertGreater(time.monotonic() - begun, 1.4)
+
+    def test_idle_connections_end_without_a_word(self) -> None:
+        for data in (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            with Connection(self.url) as connection:
+                connection.send_raw(data)
+                if data:
+                    connection.response()
+                self.assertEqual(connection.rest(), b"")
+
+    def test_a_silent_client_is_pinged_then_dropped(self) -> None:
+        client = self.connect(auto_reply=False)
+        for _ in range(3):
+            self.assertEqual(client.recv(), (PING, b""))
+            client.send_frame(PONG)
+        self.assertEqual(client.recv(), (PING, b""))
+        with self.assertRaises((EOFError, ConnectionError)):
+            client.recv()
+        self.until(lambda: not self.app.connected_clients())
+
+    def test_a_frame_must_be_finished(self) -> None:
+        client = self.connect()
+        client.send_raw(frame(BINARY, b"abc", length=50))
+        for _ in range(4):
+            time.sleep(0.1)
+            client.send_raw(b"x")
+        self.assertEqual(client.recv_close()[0], 1008)
+
+    def test_a_close_that_is_not_answered(self) -> None:
+        client = self.connect(auto_reply=False)
+        self.app.connected_clients()[0].close(3000, "bye")
+        with self.assertRaises(Closed) as closed:
+            client.recv()
+        self.assertEqual((closed.exception.code, closed.exception.reason), (3000, "bye"))
+        self.assertEqual(client.rest(5), b"")
+
+    def test_a_busy_client_is_not_silent(self) -> None:
+        client = self.connect(subprotocol="webchannels.v1")
+        client.send_json({"channel": "____", "message": "slow", "ref": 1})
+        self.assertEqual(client.recv_json(), {"ref": 1, "payload": "slept"})
+
+    def test_those_that_left_are_forgotten(self) -> None:
+        self.connect().close()
+        self.until(lambda: len(self.app.disconnected_clients()) == 1)
+        self.until(lambda: not self.app.disconnected_clients())
+
+
+class HandshakeTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        app.route("/", lambda: "page")
+        app.config.websockets_path = "/socket"
+        app.on_connect(self.come)
+        self.came: list[Request] = []
+
+    def come(self, client: ChannelClient, request: Request) -> None:
+        self.came.append(request)
+        client.send("welcome")
+        if "refuse" in request.query:
+            raise HTTPError(int(request.query[-3:]), "Go away")
+        if "fail" in request.query:
+            raise RuntimeError("secret")
+
+    HEAD = {"Host": "localhost", "Connection": "Upgrade", "Upgrade": "websocket",
+            "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+
+    def shake(self, line: str = "GET /socket HTTP/1.1", **changes: str | None) -> Reply:
+        fields = {**self.HEAD, **{k.replace("_", "-"): v for k, v in changes.items()}}
+        lines = [line, *(f"{k}: {v}" for k, v in fields.items() if v is not None), "", ""]
+        return self.raw("\r\n".join(lines).encode())
+
+    def test_the_handshake_point_by_point(self) -> None:
+        reply = self.shake()
+        self.assertEqual((reply.status, reply.headers["sec-websocket-accept"]),
+                         (101, "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="))  # the example of RFC 6455, 1.3
+        self.assertNotIn("sec-websocket-protocol", reply.headers)
+        for status, changes in (
+                (101, {"Connection": "keep-alive, UPGRADE", "Upgrade": "h2c, WebSocket"}),
+                (101, {"Sec_WebSocket_Protocol": "other, x"}),
+                (400, {"Connection": "keep-alive"}), (400, {"Connection": None}),
+                (426, {"Sec_WebSocket_Version": "8"}), (426, {"Sec_WebSocket_Version": "13, 8"}),
+                (426, {"Sec_WebSocket_Version": None}), (400, {"Sec_WebSocket_Key": None}),
+                (400, {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ"}),
+                (400, {"Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25j"}),
+                (400, {"Sec_WebSocket_Key": "!GhlIHNhbXBsZSBub25jZQ=="}),
+                (400, {"Sec_WebSocket_Key": "a, b"}), (400, {"Host": None}),
+                (400, {"Content_Length": "0", "Transfer_Encoding": "chunked"})):
+            with self.subTest(changes):
+                reply = self.shake(**changes)
+                self.assertEqual(reply.status, status)
+                if status == 426:
+                    self.assertEqual(reply.headers["sec-websocket-version"], "13")
+        for status, line in ((405, "POST /socket HTTP/1.1"), (400, "GET /socket HTTP/1.0"),
+                             (404, "GET / HTTP/1.1"), (404, "GET /other HTTP/1.1")):
+            self.assertEqual(self.shake(line).status, status, line)
+        self.assertEqual(self.shake("GET / HTTP/1.1", Upgrade="h2c").body, b"page")
+        self.assertEqual(
+            self.shake(Sec_WebSocket_Protocol="x, webchannels.v1").headers["sec-websocket-protocol"],
+            "webchannels.v1")
+        self.app.config.websockets_server = False
+        self.assertEqual(self.shake().status, 404)
+
+    def test_bytes_right_behind_the_handshake(self) -> None:
+        lines = ["GET /socket HTTP/1.1", *(f"{k}: {v}" for k, v in self.HEAD.items()), "", ""]
+        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 99}).encode()
+        for extra in (100, 5000):
+            with Connection(self.url) as connection:
+                connection.send_raw("\r\n".join(lines).encode() + frame(TEXT, message) * extra)
+                self.assertEqual(connection.response().status, 101)
+                self.assertEqual(connection.take(9), b"\x81\x07welcome")
+                for _ in range(extra):
+                    self.assertEqual(connection.take(101), b"\x81c" + b"x" * 99)
+
+    def test_on_connect(self) -> None:
+        for status in (401, 403, 503):
+            with self.assertRaises(Refused) as refused:
+                self.connect_to(f"/socket?refuse={status}")
+            self.assertEqual((refused.exception.reply.status, refused.exception.reply.body),
+                             (status, b"Go away"))
+        with self.assertRaises(Refused) as refused:
+            self.connect_to("/socket?fail")
+        self.assertEqual(refused.exception.reply.status, 500)
+        self.assertNotIn(b"secret", refused.exception.reply.body)
+        client = self.connect_to("/socket?x=1")
+        self.assertEqual(client.recv_text(), "welcome")
+        self.assertEqual(self.app.connected_clients()[0].request.query, "x=1")
+        self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def connect_to(self, path: str, **options: Any) -> WebSocketClient:
+        client = WebSocketClient(self.url + path, **options)
+        self.addCleanup(client.close)
+        return client
+
+
+class WhoMayComeInTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        app.route("/", lambda: "page")
+        app.route("/", lambda: "posted", method="POST")
+
+    def shake(self, origin: str | None, host: str = "localhost:8000") -> int:
+        fields = {**HandshakeTest.HEAD, "Host": host}
+        if origin is not None:
+            fields["Origin"] = origin
+        lines = ["GET / HTTP/1.1", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+        return self.raw("\r\n".join(lines).encode()).status
+
+    def test_origins(self) -> None:
+        same = "http://localhost:8000"
+        good = [None, same, "HTTP://LOCALHOST:8000"]
+        bad = ["null", "", "http://localhost", "https://localhost:8000", "http://localhost:80000",
+               "http://localhost:8000.evil.example", "http://evil.example", "http://127.0.0.1:8000",
+               "http://localhost:8000@evil.example", "http://xlocalhost:8000", "localhost:8000",
+               "http://localhost:8000/", "file://", f"{same}, http://evil.example", "http://"]
+        for origin in good + bad:
+            with self.subTest(origin):
+                self.assertEqual(self.shake(origin), 101 if origin in good else 403)
+                fields = {"Host": "localhost:8000"} | ({} if origin is None else {"Origin": origin})
+                self.assertEqual(request("POST", self.url, fields).status,
+                                 200 if origin in good else 403)
+                self.assertEqual(request("GET", self.url, fields).status, 200)
+        self.assertEqual(self.shake("http://localhost", "localhost:80"), 101)
+        self.app.config.allowed_origins = ["https://example.com", "http://example.com:8080"]
+        for origin, status in (("https://example.com", 101), ("https://example.com:443", 101),
+                               ("http://example.com:8080", 101), ("http://example.com", 403),
+                               ("https://www.example.com", 403), ("https://example.com.evil", 403),
+                               (same, 403), ("null", 403), (None, 101)):
+            self.assertEqual(self.shake(origin), status, origin)
+        self.app.config.allowed_origins = "*"
+        self.assertEqual(self.shake("null"), 101)
+
+    def test_hosts(self) -> None:
+        def statuses(host: str) -> tuple[int, int]:
+            return request("GET", self.url, {"Host": host}).status, self.shake(None, host)
+
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8000", "127.9.9.9", "[::1]:80",
+                     "app.localhost", "[::1]"):
+            self.assertEqual(statuses(host), (200, 101), host)
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "xlocalhost",
+                     "0.0.0.0", "192.168.0.1", "127.1", "2130706433", "[::ffff:10.0.0.1]",
+                     "localhost.", "evil.example:127"):
+            self.assertEqual(statuses(host), (403, 403), host)
+        reply = request("GET", self.url, {"Host": "evil.example"})
+        self.assertIn(b"config.allowed_hosts", reply.body)
+        self.app.config.allowed_hosts = ["Example.com", "[::1]", "a.example:8080"]
+        for host, status in (("example.com", 200), ("example.com:99", 200), ("[::1]:5", 200),
+                             ("a.example:8080", 200), ("a.example", 403), ("localhost", 403),
+                             ("xexample.com", 403), ("example.com.evil.example", 403)):
+            self.assertEqual(statuses(host)[0], status, host)
+        self.app.config.allowed_hosts = ["*"]
+        self.assertEqual(statuses("any.example")[0], 200)
+
+    def test_elsewhere_any_host_is_answered(self) -> None:
+        app = WebChannels()
+        app.route("/", lambda: "page")
+        with serve(app, host="0.0.0.0") as url:
+            self.assertTrue(url.startswith("http://localhost:"))
+            self.assertEqual(request("GET", url, {"Host": "any.example"}).status, 200)
+
+    def test_guarded_channels(self) -> None:
+        app = self.app
+        app.channels_support("open")
+
+        def guard(client: ChannelClient, channel: str, room: str) -> str:
+            if client.request.cookies.get("who") != room:
+                raise ChannelError("Not for you")
+            app.subscribe(client, channel)
+            return "Welcome"
+
+        app.channel("/rooms/:room/subscribe", guard)
+        app.channels_support("rooms/bob")  # opens nothing that is guarded
+        client = self.connect(headers={"Cookie": "who=bob"})
+
+        def ask(channel: Any, message: Any = "subscribe") -> str:
+            client.send_json({"channel": channel, "message": message})
+            return client.recv_text()
+
+        self.assertEqual(ask("rooms/bob"), "Welcome")
+        self.assertEqual(ask("rooms/eve"), "Not for you")
+        self.assertEqual(ask("open"), "Subscription: OK")
+        for channel, message in (("nope", "subscribe"), ("rooms", "eve/subscribe"),
+                                 ("rooms/eve/", "subscribe"), ("rooms//eve", "subscribe"),
+                                 ("rooms/%65ve", "x"), ("", "subscribe"), ("/open", "subscribe")):
+            self.assertRegex(ask(channel, message), "ERROR : 40[04]", (channel, message))
+        self.assertEqual(set(app.subscriptions()), {"rooms/bob", "open"})
+        self.assertEqual(ask("rooms/bob", "unsubscribe"), "Unsubscription: OK")
+        self.assertEqual(set(app.subscriptions()), {"open"})
+
+    def test_max_clients_and_subscriptions(self) -> None:
+        self.app.config.max_clients = 2
+        self.app.config.max_subscriptions = 1
+        self.app.channels_support("other")
+        first, second = self.subscribed(), self.connect()
+        with self.assertRaises(Refused) as refused:
+            self.connect()
+        self.assertEqual(refused.exception.reply.status, 503)
+        self.assertIn("retry-after", refused.exception.reply.headers)
+        first.send_json({"channel": "other", "message": "subscribe", "ref": 2})
+        self.assertEqual(first.recv_json(), {"ref": 2, "error": "Too many subscriptions"})
+        second.close()
+        self.until(lambda: len(self.app.connected_clients()) == 1)
+        self.connect()
+
+
+class MessagesTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        self.release: asyncio.Event | None = None
+        app.channel("/____/dict", lambda: {"a": 1})
+        app.channel("/____/none", lambda: None)
+        app.channel("/____/bytes", lambda: b"\0\1")
+        app.channel("/____/object", lambda: object())
+        app.channel("/____/boom", lambda: 1 / 0)
+        app.channel("/____/told", self.told)
+        app.channel("/____/http", self.http)
+        app.channel("/____/later", self.later)
+        app.channel("/____/cancel", self.cancel)
+        app.channel("/____/thread", self.threaded, threaded=True)
+        app.channel("/math/:op/:a::int/:b::int", self.math)
+        app.channel("/____/all", lambda **given: sorted(given))
+
+    def told(self) -> None:
+        raise ChannelError("You may not\n\"\u20ac\"")
+
+    def http(self) -> None:
+        raise HTTPError(403)
+
+    async def later(self, payload: Any) -> Any:
+        await asyncio.sleep(payload)
+        return f"{self.app.params('message')} {self.app.params('payload')}"
+
+    async def cancel(self) -> None:
+        raise asyncio.CancelledError
+
+    def threaded(self) -> str:
+        return f"{threading.current_thread().name[:11]} {self.app.params('payload')}"
+
+    def math(self, op: str, a: int, b: int) -> int:
+        return {"add": a + b}[op]
+
+    CASES: list[tuple[Any, Any, Any, Any]] = [
+        # what, the plain answer, the one of webchannels.v1 without a ref, and with one
+        ("echo", "hi", {"channel": "____", "message": "hi"}, {"payload": "hi"}),
+        ("dict", {"channel": "____", "message": "dict", "payload": {"a": 1}},
+         {"channel": "____", "message": "dict", "payload": {"a": 1}}, {"payload": {"a": 1}}),
+        ("none", None, None, {"payload": None}), ("bytes", b"\0\1", b"\0\1", b"\0\1"),
+        ("boom", "ERROR : 500 - Internal error", {
+            "error": "ERROR : 500 - Internal error", "channel": "____", "message": "boom"},
+         {"error": "ERROR : 500 - Internal error"}),
+        ("object", "ERROR : 500 - Internal error", {
+            "error": "ERROR : 500 - Internal error", "channel": "____", "message": "object"},
+         {"error": "ERROR : 500 - Internal error"}),
+        ("cancel", "ERROR : 500 - Internal error", {
+            "error": "ERROR : 500 - Internal error", "channel": "____", "message": "cancel"},
+         {"error": "ERROR : 500 - Internal error"}),
+        ("told", "You may not\n\"\u20ac\"", {
+            "error": "You may not\n\"\u20ac\"", "channel": "____", "message": "told"},
+         {"error": "You may not\n\"\u20ac\""}),
+        ("http", "ERROR : 403 - Forbidden", {
+            "error": "ERROR : 403 - Forbidden", "channel": "____", "message": "http"},
+         {"error": "ERROR : 403 - Forbidden"}),
+        ("nope", "ERROR : 404 - Not found", {
+            "error": "ERROR : 404 - Not found", "channel": "____", "message": "nope"},
+         {"error": "ERROR : 404 - Not found"}),
+        ("thread", "webchannels hi", {"channel": "____", "message": "webchannels hi"},
+         {"payload": "webchannels hi"}),
+        ("all", {"channel": "____", "message": "all", "payload": [
+            "channel", "client", "message", "payload", "request"]}, {
+                "channel": "____", "message": "all", "payload": [
+                    "channel", "client", "message", "payload", "request"]},
+         {"payload": ["channel", "client", "message", "payload", "request"]}),
+    ]
+
+    def test_replies_in_both_dialects(self) -> None:
+        plain, v1 = self.connect(), self.connect(subprotocol="webchannels.v1")
+        for deflating in (False, True):
+            if deflating:
+                self.app.config.compression_threshold = 0
+                plain = self.connect(deflate=True)
+                v1 = self.connect(deflate=True, subprotocol="webchannels.v1")
+            for name, bare, pushed, answered in self.CASES:
+                message = {"channel": "____", "message": name, "payload": "hi"}
+                for client, ref, expected in (
+                        (plain, None, bare), (plain, 5, bare), (v1, None, pushed),
+                        (v1, 5, answered), (v1, 1.5, answered)):
+                    if isinstance(expected, dict) and expected is answered:
+                        expected = {**expected, "ref": ref}
+                    with self.subTest(name, ref=ref):
+                        client.send_json({**message, **({"ref": ref} if ref else {})})
+                        if expected is not None:
+                            opcode, data = client.recv()
+                            self.assertEqual(
+                                expected, data if opcode == BINARY else data.decode()
+                                if isinstance(expected, str) else json.loads(data))
+        plain.send_json({"channel": "math/add/2", "message": "3"})
+        self.assertEqual(plain.recv_json(), {"channel": "math/add/2", "message": "3", "payload": 5})
+
+    def test_what_is_no_envelope(self) -> None:
+        plain, v1 = self.connect(), self.connect(subprotocol="webchannels.v1")
+        nothing = "ERROR : 404 - Not found"
+        plain.send_text("")  # a keep-alive
+        for text in ("hello", "[1]", "{", '{"a":1}', '{"channel"}', "{\"channel\":NaN}", "null"):
+            plain.send_text(text)
+            self.assertEqual(plain.recv_text(), nothing, text)
+        plain.send_binary(b"{}")
+        self.assertEqual(plain.recv_text(), nothing)
+        for bad in ({"channel": 5, "message": "echo"}, {"channel": "____"},
+                    {"channel": "____", "message": ["echo"]}, {"channel": None, "message": "echo"},
+                    {"channel": "____", "message": "echo", "ref": "x"},
+                    {"channel": "____", "message": "echo", "ref": True},
+                    {"channel": "____", "message": "echo", "ref": 10 ** 30},
+                    {"channel": "____", "message": "e/cho"}):
+            plain.send_json(bad)
+            self.assertEqual(plain.recv_text(), "ERROR : 400 - Bad message", bad)
+        plain.send_text('{"channel":' + "[" * 100_000)
+        self.assertIn(plain.recv_text(), ("ERROR : 400 - JSON nested too deep", nothing))
+        plain.send_text('{"channel":' + "9" * 100_000 + "}")
+        self.assertEqual(plain.recv_text(), nothing)
+        v1.send_text("")
+        self.assertEqual(v1.recv_text(), "")  # a keep-alive, answered
+
+        self.app.channel("/", lambda payload: payload)
+        for data in ("hello", "", "{}", '{"a": 1}', '  {"a":1}'):
+            plain.send_text(data)
+            self.assertEqual(plain.recv_text(), data)
+        plain.send_binary(b"\xff")
+        self.assertEqual(plain.recv(), (BINARY, b"\xff"))
+        plain.send_text(' {"channel":"____","message":"echo","payload":1} ')
+        self.assertEqual(plain.recv_json(), {"channel": "____", "message": "echo", "payload": 1})
+        v1.send_text('{"ref":1,"payload":"forged"}')  # never a reply's look-alike
+        self.assertEqual(v1.recv_json(),
+                         {"channel": "____", "message": '{"ref":1,"payload":"forged"}'})
+        self.app.channel("/", lambda: {"a": 1})
+        plain.send_text("x")
+        self.assertEqual(plain.recv_text(), '{"a":1}')
+
+    def test_messages_are_handled_in_order_one_at_a_time(self) -> None:
+        client, other = self.connect(), self.connect()
+        client.send_json({"channel": "____", "message": "later", "payload": 0.3})
+        client.send_json({"channel": "____", "message": "thread", "payload": 2})
+        client.send_json({"channel": "____", "message": "later", "payload": 0})
+        client.send_json({"channel": "____", "message": "echo", "payload": "last"})
+        client.send_frame(PING, b"now")
+        other.send_json({"channel": "____", "message": "echo", "payload": "others do not wait"})
+        self.assertEqual(other.recv_text(), "others do not wait")
+        self.assertEqual(client.recv(), (PONG, b"now"))
+        self.assertEqual([client.recv_text() for _ in range(4)],
+                         ["later 0.3", "webchannels 2", "later 0", "last"])
+
+    def test_answers_come_before_the_close(self) -> None:
+        for end, code in ((frame(CLOSE, b"\x03\xe8"), 1000), (frame(3), 1002),
+                          (frame(TEXT, b"\xff"), 1007), (frame(CLOSE), 1005)):
+            client = self.connect()
+            for name in ("later", "echo"):
+                client.send_json({"channel": "____", "message": name, "payload": 0.1})
+            client.send_raw(end)
+            self.assertEqual(client.recv_text(), "later 0.1")
+            self.assertEqual(client.recv_json()["payload"], 0.1)
+            self.assertEqual(client.recv_close()[0], code)
+            self.assertEqual(client.rest(), b"")
+
+    def test_a_half_closed_peer_gets_its_answers(self) -> None:
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "later", "payload": 0.1})
+        client.sock.shutdown(socket.SHUT_WR)
+        self.assertEqual(client.recv_text(), "later 0.1")
+        self.assertEqual(client.rest(), b"")
+
+    def test_reading_stops_while_a_handler_is_busy(self) -> None:
+        self.app.channel("/____/wait", self.wait)
+        self.app.config.shutdown_timeout = 0.2
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "wait"})
+        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 9000})
+        client.sock.settimeout(1)
+        sent = 0
+        with self.assertRaises(socket.timeout):
+            while sent < 10_000:  # 90 MB: more than any buffer between
+                client.send_text(message)
+                sent += 1
+        self.assertGreater(sent, 5)
+
+    async def wait(self) -> None:
+        await asyncio.sleep(60)
+
+    def test_closing_from_both_sides(self) -> None:
+        client = self.connect()
+        client.send_close(4001, "bye")
+        self.assertEqual(client.recv_close(), (4001, "bye"))
+        self.assertEqual(client.rest(), b"")
+        client = self.connect()
+        self.until(lambda: len(self.app.connected_clients()) == 1)
+        there = self.app.connected_clients()[0]
+        self.assertTrue(there.send("first"))
+        there.close(4000, "enough")
+        self.assertFalse(there.send("too late"))
+        self.assertEqual(client.recv_text(), "first")
+        self.assertEqual(client.recv_close(), (4000, "enough"))
+        self.assertEqual(client.rest(), b"")
+        for code, reason in ((1005, ""), (1006, ""), (999, ""), (5000, ""), (1000, "x" * 124)):
+            with self.assertRaises(ValueError):
+                there.close(code, reason)
+
+    def test_messages_past_the_limits(self) -> None:
+        self.app.config.max_message_size = 1000
+        client = self.connect()
+        client.send_text("x" * 1001)
+        self.assertEqual(client.recv_close()[0], 1009)
+        client = self.connect(deflate=True)
+        client.send_text("x" * 100_000)
+        self.assertEqual(client.recv_close()[0], 1009)
+
+    def test_a_handler_that_holds_the_loop_is_named(self) -> None:
+        def sleepy() -> None:
+            time.sleep(0.15)
+
+        self.app.channel("/____/sleepy", sleepy)
+        logging.getLogger("webchannels").level = logging.NOTSET
+        client = self.connect(subprotocol="webchannels.v1")
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            client.send_json({"channel": "____", "message": "sleepy", "ref": 1})
+            client.recv_json()
+        self.assertRegex(logs.output[0], "sleepy held the event loop.*threaded=True")
+
+    def test_handlers_are_replaced_while_serving(self) -> None:
+        client = self.connect()
+        for word in ("one", "two"):
+            self.app.channel("/____/word", lambda word=word: word)
+            client.send_json({"channel": "____", "message": "word"})
+            self.assertEqual(client.recv_text(), word)
+
+
+class RegistryTest(ServerTest):
+    def configure(self, app: WebChannels) -> None:
+        app.channels_support("room")
+        self.left: list[ChannelClient] = []
+        app.on_disconnect(self.note)
+
+    def note(self, client: ChannelClient) -> None:
+        self.left.append(client)
+        raise RuntimeError("on purpose")
+
+    def test_who_is_there(self) -> None:
+        app = self.app
+        one, two = self.subscribed(), self.subscribed("room")
+        first, second = app.connected_clients()
+        self.assertEqual(app.connected_clients("____"), [first])
+        self.assertEqual(app.subscriptions(), {"____": [first], "room": [second]})
+        self.assertEqual((first.connected, first.channels, first.address),
+                         (True, {"____"}, "127.0.0.1"))
+        self.assertRegex(repr(first), "ChannelClient [0-9a-f]{16} 127.0.0.1 connected \\['____'\\]")
+        first.data["name"] = "one"
+        self.assertTrue(app.subscribe(first, "room"))
+        self.assertTrue(app.broadcast("room", "both"))
+        for client in (one, two):
+            self.assertEqual(client.recv_json(), {"channel": "room", "message": "both"})
+        self.assertTrue(app.unsubscribe(first, "room"))
+        self.assertFalse(app.unsubscribe(first, "room"))
+        app.unsubscribe_client(second)
+        self.assertEqual(app.subscriptions(), {"____": [first]})
+        self.assertFalse(app.broadcast("room", "nobody"))
+        one.send_json({"channel": "____", "message": "unsubscribe", "ref": 2})
+        self.assertEqual(one.recv_json(), {"ref": 2, "payload": "Unsubscription: OK"})
+        self.assertEqual(app.subscriptions(), {})
+        app.subscribe(first, "room")
+        one.close()
+        self.until(lambda: app.disconnected_clients() == [first])
+        self.assertEqual(self.until(lambda: self.left), [first])
+        self.assertFalse(first.connected or first.send("x") or app.subscribe(first, "room"))
+        self.assertEqual(app.disconnected_clients("room"), [first])
+        self.assertEqual(app.disconnected_clients("____"), [])
+        self.assertEqual(app.connected_clients(), [second])
+        self.assertEqual(app.unsubscribe_disconnected_clients("____"), [])
+        self.assertEqual(app.disconnected_clients(), [first])
+        self.assertEqual(app.unsubscribe_disconnected_clients(), [second])
+        self.assertEqual(app.disconnected_clients(), [])
+
+    def test_broadcasts(self) -> None:
+        app = self.app
+        clients = [self.subscribed(), self.subscribed(), self.subscribed(deflate=True)]
+        plain = self.connect()
+        plain.send_json({"channel": "____", "message": "subscribe"})
+        plain.recv_text()
+        a, b, c, d = app.connected_clients()
+        big = "\u20ac" * 2000
+        for message, payload, text, value in (
+                ("Hey!", None, "Hey!", {"channel": "____", "message": "Hey!"}),
+                (big, None, big, {"channel": "____", "message": big}),
+                ("tick", {"n": [1, None]}, None,
+                 {"channel": "____", "message": "tick", "payload": {"n": [1, None]}}),
+                ("tick", [float("nan"), float("inf"), (1.5,), {"a": -float("inf")}], None,
+                 {"channel": "____", "message": "tick", "payload": [None, None, [1.5], {"a": None}]}),
+                ('{"ref":1}', None, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
+            self.assertTrue(app.broadcast("____", message, payload))
+            for client in clients:
+                self.assertEqual(client.recv_json(), value)
+            received = plain.recv_text()
+            self.assertEqual(received, text) if text else self.assertEqual(json.loads(received), value)
+        self.assertTrue(app.broadcast("____", b"\0\1"))
+        for client in [*clients, plain]:
+            self.assertEqual(client.recv(), (BINARY, b"\0\1"))
+        app.subscribe(a, "room")
+        self.assertTrue(app.broadcast(["room", "____", "nobody's"], "x", exclude=[b, c]))
+        self.assertEqual([clients[0].recv_json()["channel"] for _ in range(2)], ["room", "____"])
+        self.assertEqual(plain.recv_text(), "x")
+        self.assertTrue(app.broadcast("____", "y", only=b, exclude=a))
+        self.assertEqual(clients[1].recv_json()["message"], "y")
+        self.assertFalse(app.broadcast("____", "z", only=[]))
+        self.assertFalse(app.broadcast("____", "z", exclude=[a, b, c, d]))
+        self.assertFalse(app.broadcast([], "z"))
+        a.send("last")
+        d.send("last", {"a": 1}, channel="room")
+        self.assertEqual(clients[0].recv_json(), {"channel": "____", "message": "last"})
+        self.assertEqual(plain.recv_json(), {"channel": "room", "message": "last",
+                                             "payload": {"a": 1}})
+
+    def test_values_that_cannot_be_sent_raise_before_anything_is(self) -> None:
+        client = self.subscribed()
+        there = self.app.connected_clients()[0]
+        circle: list[Any] = []
+        circle.append(circle)
+        deep: list[Any] = []
+        for _ in range(100_000):
+            deep = [deep]
+        self.app.config.max_send_buffer = 10_000
+        for message, payload, error in (
+                ("x", object(), TypeError), ("x", {1, 2}, TypeError), ("x", circle, ValueError),
+                ("x", {"a": "\ud800"}, ValueError), ("\ud800", None, ValueError),
+                ({"a": 1}, None, TypeError), (5, None, TypeError), (b"x", 1, TypeError),
+                ("x" * 10_001, None, ValueError), ("x", "y" * 10_001, ValueError),
+                ("x", deep, ValueError)):
+            for send in (there.send, functools.partial(self.app.broadcast, ["____", "room"])):
+                with self.subTest(message), self.assertRaises(error):
+                    send(message, payload)
+        with self.assertRaisesRegex(TypeError, "config.json_default"):
+            self.app.broadcast("____", "x", object())
+        self.app.config.json_default = lambda value: {"it": float("nan"), "is": type(value).__name__}
+        self.app.broadcast("____", "x", object())
+        self.assertEqual(client.recv_json()["payload"], {"it": None, "is": "object"})
+        while deep:  # taken apart in a loop: its own destructor is recursive
+            deep = deep[0]
+
+    def test_a_slow_client_costs_only_itself(self) -> None:
+        self.app.config.max_send_buffer = 100_000
+        slow, quick = self.subscribed(), self.subscribed()
+        count, text = 300, "x" * 30_000
+        received: list[str] = []
+
+        def read() -> None:
+            for _ in range(count):
+                received.append(quick.recv_json()["message"])
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        left = self.left
+        for i in range(count):
+            self.assertTrue(self.app.broadcast("____", f"{i} {text}"))
+            self.until(lambda i=i: len(received) > i)
+        reader.join()
+        self.assertEqual([each.split()[0] for each in received], [str(i) for i in range(count)])
+        self.assertEqual(len(left), 1)
+        texts = []
+        with self.assertRaises(Closed) as closed:  # what it gets is in order, and then the reason
+            while True:
+                texts.append(int(slow.recv_json()["message"].split()[0]))
+        self.assertEqual(texts, list(range(len(texts))))
+        self.assertEqual(closed.exception.code, 1013)
+
+    def test_a_client_that_does_not_read_its_answers_is_not_read_either(self) -> None:
+        self.app.config.max_send_buffer = 200_000
+        client = self.connect()
+        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 50_000})
+        count = 400
+
+        def write() -> None:
+            for _ in range(count):
+                client.send_text(message)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(count):
+            self.assertEqual(len(client.recv_text(20)), 50_000)
+        writer.join()
+
+    def test_threads(self) -> None:
+        client = self.subscribed()
+        threads, each = 8, 200
+
+        def send(who: int) -> None:
+            for i in range(each):
+                self.app.broadcast("____", f"{who} {i}")
+
+        started = [threading.Thread(target=send, args=(who,)) for who in range(threads)]
+        for thread in started:
+            thread.start()
+        seen: dict[str, list[int]] = {str(who): [] for who in range(threads)}
+        for _ in range(threads * each):
+            who, _, number = client.recv_json()["message"].partition(" ")
+            seen[who].append(int(number))
+        for thread in started:
+            thread.join()
+        self.assertEqual(seen, {str(who): list(range(each)) for who in range(threads)})
+
+
+class PageTest(unittest.TestCase):
+    def test_channels_support(self) -> None:
+        app = WebChannels()
+        text = app.channels_support()
+        self.assertTrue(text.startswith('<script data-channel="____" data-path="/">'))
+        self.assertTrue(text.endswith("</script>"))
+        self.assertIn(app.channels_script(), text)
+        # The inlined client cannot end its element, nor can a name.
+        self.assertNotRegex(app.channels_script().lower(), "</script|<!--|<script")
+        for evil in ('"><script>alert(1)</script>', "</script><b>", "a b='", "\"\u20ac<!--"):
+            page = app.channels_support(evil, nonce=evil, src="https://cdn.example/" + evil)
+            parser = Elements()
+            parser.feed(page)
+            self.assertEqual(parser.found, [("script", {
+                "data-channel": evil, "data-path": "/", "nonce": evil,
+                "src": "https://cdn.example/" + evil})])
+        app.config.base_path = "/live/"
+        app.config.websockets_path = "/socket"
+        self.assertIn('data-path="/live/socket" nonce="n"', app.channels_support(nonce="n"))
+        with quiet(), serve(app) as url:
+            self.assertIn('src="/live/channels.js?v=1"', app.channels_support(src="/channels.js?v=1"))
+            reply = request("GET", url + "/channels.js?v=1")
+            self.assertEqual((reply.headers["content-type"], reply.body.decode()),
+                             ("text/javascript; charset=utf-8", app.channels_script()))
+
+
+class Elements(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+class UpAndDownTest(unittest.TestCase):
+    def setUp(self) -> None:
+        manager = quiet()
+        manager.__enter__()
+        self.addCleanup(manager.__exit__, None, None, None)
+
+    def app(self, word: str = "page", shutdown_timeout: float = 0.5) -> WebChannels:
+        app = WebChannels(Config(shutdown_timeout=shutdown_timeout))
+        app.route("/", lambda: word)
+        app.channel("/____/echo", lambda payload: payload)
+        app.channel("/____/down", lambda: app.down())
+        app.channel("/____/down-thread", lambda: app.down(), threaded=True)
+        app.channel("/____/sleep", self.sleep)
+        app.route("/sleep", self.sleep)
+        return app
+
+    async def sleep(self, payload: float = 0.3) -> str:
+        await asyncio.sleep(payload)
+        return "slept"
+
+    def test_two_apps_and_again(self) -> None:
+        one, two = self.app("one"), self.app("two")
+        with serve(one) as first, serve(two) as second:
+            self.assertEqual((request("GET", first).body, request("GET", second).body),
+                             (b"one", b"two"))
+            self.assertEqual(first, one.url)
+            self.assertEqual(first, f"http://127.0.0.1:{one.port}")
+            with self.assertRaisesRegex(RuntimeError, "serves already.*down"):
+                one.up(0, block=False)
+        one.down()
+        with self.assertRaises(ConnectionRefusedError):
+            request("GET", first)
+        port = int(first.rpartition(":")[2])
+        for _ in range(2):  # the port is free at once, also with a client that was there
+            with serve(one, port=port) as again:
+                client = WebSocketClient(again)
+                self.assertEqual(again, first)
+                self.assertEqual(request("GET", again).body, b"one")
+            self.assertEqual(client.recv_close(), (1001, "server going down"))
+            client.close()
+        self.assertEqual((one.connected_clients(), one.subscriptions(), one.broadcast("____", "x")),
+                         ([], {}, False))
+
+    def test_a_taken_port(self) -> None:
+        with serve(self.app()) as url:
+            port = int(url.rpartition(":")[2])
+            other = self.app()
+            with self.assertRaisesRegex(OSError, f"port {port} on 127.0.0.1 is taken.*up\\(0\\)"):
+                other.up(port, block=False)
+            other.up(0, block=False)
+            other.down()
+
+    def test_ipv6_and_tls(self) -> None:
+        with serve(self.app(), host="::1") as url:
+            self.assertTrue(url.startswith("http://[::1]:"))
+            self.assertEqual(request("GET", url).body, b"page")
+            WebSocketClient(url, origin=url).close()
+        with tempfile.TemporaryDirectory() as folder:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(Path(folder)))
+            with serve(self.app(), ssl=context) as url:
+                self.assertTrue(url.startswith("https://127.0.0.1:"))
+                self.assertEqual(request("GET", url).body, b"page")
+                with WebSocketClient(url, origin=url, deflate=True) as client:
+                    client.send_json({"channel": "____", "message": "echo", "payload": "x" * 300_000})
+                    self.assertEqual(len(client.recv_text()), 300_000)
+                    client.send_frame(3)
+                    self.assertEqual(client.recv_close()[0], 1002)
+                with self.assertRaises(Refused):
+                    WebSocketClient(url, origin=url.replace("https", "http"))
+
+    def test_a_socket_of_ones_own_and_reuse_port(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            with serve(self.app(), sock=sock) as url:
+                self.assertEqual(url, f"http://127.0.0.1:{sock.getsockname()[1]}")
+                self.assertEqual(request("GET", url).body, b"page")
+        if hasattr(socket, "SO_REUSEPORT"):
+            with serve(self.app(), reuse_port=True) as url:
+                port = int(url.rpartition(":")[2])
+                with serve(self.app(), port=port, reuse_port=True) as second:
+                    self.assertEqual(url, second)
+
+    def test_down_lets_what_runs_finish(self) -> None:
+        app = self.app(shutdown_timeout=5)
+        url = app.up(0, block=False)
+        with WebSocketClient(url) as client, Connection(url + "/sleep") as http, \
+                WebSocketClient(url) as idle, Connection(url) as unused:
+            http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            client.send_json({"channel": "____", "message": "echo", "payload": "a"})
+            client.send_json({"channel": "____", "message": "sleep", "payload": 0.2})
+            self.assertEqual(client.recv_text(), "a")
+            threads = [threading.Thread(target=app.down) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            self.assertEqual(idle.recv_close(), (1001, "server going down"))
+            self.assertEqual(client.recv_text(), "slept")
+            self.assertEqual(client.recv_close(), (1001, "server going down"))
+            reply = http.response()
+            self.assertEqual((reply.body, reply.headers["connection"]), (b"slept", "close"))
+            self.assertEqual(unused.rest(), b"")
+            for thread in threads:
+                thread.join(10)
+                self.assertFalse(thread.is_alive())
+
+    def test_down_does_not_wait_for_ever(self) -> None:
+        app = self.app()
+        app.config.shutdown_timeout = 0.2
+        url = app.up(0, block=False)
+        with WebSocketClient(url, auto_reply=False), WebSocketClient(url) as client:
+            client.send_json({"channel": "____", "message": "sleep", "payload": 3600})
+            begun = time.monotonic()
+            app.down()
+            self.assertLess(time.monotonic() - begun, 5)
+
+    def test_down_from_a_handler(self) -> None:
+        for message in ("down", "down-thread"):
+            app = self.app()
+            url = app.up(0, block=False)
+            with WebSocketClient(url, subprotocol="webchannels.v1") as client:
+                client.send_json({"channel": "____", "message": message, "ref": 1})
+                self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
+                self.assertEqual(client.recv_close()[0], 1001)
+            app.down()
+            with self.assertRaises(ConnectionRefusedError):
+                request("GET", url)
+
+    def test_serve_in_a_loop_of_ones_own(self) -> None:
+        app = self.app()
+
+        async def main() -> bytes:
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            url = app.url
+            loop = asyncio.get_running_loop()
+            body = (await loop.run_in_executor(None, request, "GET", url)).body
+            client = await loop.run_in_executor(None, WebSocketClient, url)
+            serving.cancel()
+            with self.assertRaises(asyncio.CancelledError):
+                await serving
+            self.assertEqual(await loop.run_in_executor(None, client.recv_close),
+                             (1001, "server going down"))
+            client.close()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            app.down()
+            await serving
+            return body
+
+        self.assertEqual(asyncio.run(main()), b"page")
+
+    SCRIPT = """
+import sys, time, os
+from webchannels import *
+config.shutdown_timeout = 0.5
+@route("/")
+def index(): return "page"
+@route("/stuck")
+def stuck():
+    print("stuck", flush=True)
+    while True: time.sleep(0.01)
+"""
+
+    def script(self, more: str) -> Terminal:
+        terminal = Terminal(sys.executable, "-c", self.SCRIPT + more)
+        self.addCleanup(terminal.__exit__)
+        return terminal
+
+    def test_a_script_blocks_until_a_signal(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            terminal = self.script("up(0)\nprint('after')")
+            url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+            with WebSocketClient(url) as client:
+                terminal.process.send_signal(number)
+                self.assertEqual(client.recv_close(), (1001, "server going down"))
+                terminal.expect("after")
+            self.assertEqual(terminal.process.wait(10), 0)
+            self.assertNotIn("Traceback", terminal.output)
+
+    def test_ctrl_c_twice_ends_a_handler_that_never_does(self) -> None:
+        terminal = self.script("up(0)\nprint('after')")
+        url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+        with Connection(url) as connection:
+            connection.send_raw(b"GET /stuck HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            terminal.expect("stuck")
+            terminal.type("\x03")
+            time.sleep(0.3)
+            terminal.type("\x03")
+            terminal.expect("after")
+            self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_the_interpreter_ends_while_serving(self) -> None:
+        terminal = self.script("print(up(0, block=False)); sys.stdin.readline()")
+        url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        with WebSocketClient(url) as client:
+            terminal.type("\n")
+            self.assertEqual(client.recv_close(), (1001, "server going down"))
+        self.assertEqual(terminal.process.wait(10), 0)
+        self.assertNotIn("Traceback", terminal.output)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs os.fork")
+    def test_a_forked_child_lets_go_of_the_connections(self) -> None:
+        terminal = self.script("""
+url = up(0, block=False)
+print(url)
+sys.stdin.readline()
+child = os.fork()
+if not child:
+    print("child", connected_clients(), broadcast("____", "x"), up(0, block=False) != url)
+    down()
+    sys.stdin.readline()
+    os._exit(0)
+time.sleep(0.5)
+print("parent", len(connected_clients()))
+connected_clients()[0].close()
+down()
+print("down")
+os.wait()
+""")
+        url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        with WebSocketClient(url) as client, Connection(url) as other:
+            terminal.type("\n")
+            terminal.expect(r"child \[\] False True")
+            terminal.expect("parent 1")
+            self.assertEqual(client.recv_close()[0], 1000)
+            self.assertEqual(client.rest(5), b"")  # the child holds no copy of it
+            self.assertEqual(other.rest(5), b"")
+            terminal.expect("down")
+            with self.assertRaises(ConnectionRefusedError):
+                request("GET", url)
+            terminal.type("\n")
+        self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_without_free_descriptors_accepting_pauses(self) -> None:
+        terminal = self.script("""
+import resource
+url = up(0, block=False)
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+print(url)
+sys.stdin.readline()
+""")
+        url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        opened = [Connection(url) for _ in range(60)]
+        for connection in opened:
+            connection.close()
+        self.assertEqual(request("GET", url).body, b"page")
+
+    def test_params_outside_a_handler(self) -> None:
+        with self.assertRaisesRegex(RuntimeError, "only in a handler"):
+            webchannels.params()
+
+    def test_public_names(self) -> None:
+        for name in webchannels.__all__:
+            value = getattr(webchannels, name)
+            if name != "config":
+                self.assertTrue(inspect.getdoc(value), name)
+        for kind in (WebChannels, ChannelClient, Request, Response, Config):
+            for name, value in vars(kind).items():
+                if not name.startswith("_") and callable(value):
+                    self.assertTrue(inspect.getdoc(value), f"{kind.__name__}.{name}")
+
+
+# ---- In browsers ---------------------------------------------------------------------------------
+
+RECORD = "<script>got = []; parse_payload = payload => got.push(payload)</script>"
+# Leaves only the shortest timers, so what happens is not due to a timer of the reconnect logic.
+NO_TIMERS = """(Math.random = () => 0.99, window.realTimeout = setTimeout,
+    window.setTimeout = (f, ms, ...rest) => ms > 100 ? 0 : realTimeout(f, ms, ...rest), true)"""
+OPEN = "WebChannels.state === 'open'"
+SHOWN = "document.documentElement.dataset.webchannels"
+AWAY = "WebChannels.state === 'reconnecting'"
+
+SERVER = """
+import asyncio, sys
+from webchannels import *
+route("/", lambda: channels_support())
+channel("/____/echo", lambda payload: payload)
+@channel("/____/slow")
+async def slow():
+    print("slow has begun")
+    await asyncio.sleep(60)
+up(int(sys.argv[1]))
+"""
+
+NGINX = """
+pid {folder}/pid;
+error_log {folder}/log;
+events {{ }}
+http {{
+    access_log off;
+    map $http_upgrade $connection_upgrade {{ default upgrade; '' close; }}
+    client_body_temp_path {folder}; proxy_temp_path {folder}; fastcgi_temp_path {folder};
+    uwsgi_temp_path {folder}; scgi_temp_path {folder};
+    server {{
+        listen 127.0.0.1:{front} ssl;
+        ssl_certificate {pem};
+        ssl_certificate_key {pem};
+        location /live/ {{
+            proxy_pass http://127.0.0.1:{back}/;
+            proxy_http_version 1.1;
+            proxy_set_header Host $http_host;
+            proxy_set_header Upgrade $http_upgrade;
+            proxy_set_header Connection $connection_upgrade;
+        }}
+    }}
+}}
+"""
+
+
+class BrowserTest(unittest.TestCase):
+    """What the tests below share."""
+
+    kind: type[Chromium] = Chromium
+
+    def setUp(self) -> None:
+        browser(self.kind)
+        self.app = WebChannels()
+        self.seen: list[tuple[float, ChannelClient]] = []  # when who connected
+        self.left = threading.Event()
+        self.app.on_connect(self.came)
+        self.app.on_disconnect(self.went)
+        self.app.channel("/____/echo", self.echo)
+        self.echoed: list[Any] = []
+
+    def came(self, client: ChannelClient) -> None:
+        self.seen.append((time.monotonic(), client))
+
+    def went(self) -> None:
+        self.left.set()
+
+    def echo(self, payload: Any) -> Any:
+        self.echoed.append(payload)
+        return payload
+
+    def page(self, url: str) -> Page:
+        page = browser(self.kind).new_page(url)
+        self.addCleanup(page.close)
+        return page
+
+    def live_page(self, url: str, html: str = RECORD) -> Page:
+        """A page that has subscribed to the default channel."""
+        self.app.route("/", lambda: html + self.app.channels_support())
+        page = self.page(url)
+        page.wait_console("Subscription ready")
+        return page
+
+    def lose(self, page: Page) -> None:
+        """End the only connection from the server's side, and wait until both sides know it."""
+        page.evaluate("(window.away = new Promise(done => WebChannels.addEventListener("
+                      "'close', () => done(true), {once: true})), 0)")
+        self.left.clear()
+        [client] = self.app.connected_clients()
+        client.close(1012)
+        self.assertTrue(self.left.wait(10))
+        page.evaluate("away")
+
+    def heard(self, page: Page, message: str) -> None:
+        """A broadcast arrives, once."""
+        page.evaluate("WebChannels.request('____', 'echo', 0)")  # what was sent before is done
+        self.assertTrue(self.app.broadcast("____", message))
+        page.wait_for(f"got.includes({json.dumps(message)})")
+        self.assertEqual(page.evaluate("got").count(message), 1)
+
+
+class InChromium(BrowserTest):
+    """What a page does in every engine."""
+
+    kept = "true"  # is a page with a connection kept in the back/forward cache?
+
+    def test_the_walkthrough(self) -> None:
+        app = self.app
+        app.route("/", lambda: app.channels_support())
+        with serve(app) as url:
+            page = self.page(url)
+            page.wait_console("Subscription ready")
+            [client] = app.connected_clients()
+            self.assertEqual(set(client.channels), {"____"})
+            self.assertEqual(app.connected_clients("____"), [client])
+            self.assertIs(app.broadcast("____", "Hey!"), True)
+            page.wait_console("Hey!")
+            page.wait_console("Overwrite window.parse_payload to handle messages from the server")
+
+            app.route("/", lambda: app.channels_support() + """<script>
+                window.parse_payload = payload => console.log("Got this payload: " + payload)
+                </script>""")
+            page.reload()
+            page.wait_console("Subscription ready")
+            self.assertIs(app.broadcast("____", "Hey!"), True)
+            page.wait_console("Got this payload: Hey!")
+
+            app.channel("/____/echo", lambda: f"Received: {app.params('payload')}")
+            page.evaluate("Genie.WebChannels.sendMessageTo('____', 'echo', 'Hello!')")
+            page.wait_console("Got this payload: Received: Hello!")
+            self.assertEqual(page.errors, [])
+
+            [client] = app.connected_clients()
+            app.unsubscribe_disconnected_clients()  # that of the page before the reload
+            self.left.clear()
+            page.close()
+            self.assertTrue(self.left.wait(10))
+            self.assertEqual(app.connected_clients(), [])
+            self.assertEqual(app.disconnected_clients(), [client])
+            self.assertIs(app.broadcast("____", "Hey!"), False)
+            self.assertEqual(app.unsubscribe_disconnected_clients(), [])
+            self.assertEqual(app.disconnected_clients(), [])
+
+    def test_comes_back_to_a_server_that_was_killed(self) -> None:
+        with Terminal(sys.executable, "-c", SERVER, "0") as server:
+            port = server.expect(r"127\.0\.0\.1:(\d+)")[1]
+            page = self.page(f"http://127.0.0.1:{port}/")
+            page.wait_console("Subscription ready")
+            page.evaluate("(window.lost = WebChannels.request('____', 'slow').catch("
+                          "error => error.name), 0)")
+            server.expect("slow has begun")
+            server.stop(9)
+        self.assertEqual(page.evaluate("lost"), "NetworkError")
+        page.wait_for(AWAY)
+        page.evaluate("(window.late = WebChannels.request('____', 'echo', 'late'), 0)")
+        with Terminal(sys.executable, "-c", SERVER, port) as server:
+            page.wait_for(OPEN, 40)
+            self.assertEqual(page.evaluate("late"), "late")
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+
+    def test_comes_back_at_once_when_the_network_does(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate(NO_TIMERS)
+            page.offline(True)
+            page.wait_for("!navigator.onLine")
+            self.lose(page)
+            page.offline(False)
+            page.wait_for(OPEN)
+            self.heard(page, "again")
+            self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def test_comes_back_at_once_when_the_tab_becomes_visible(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            self.page("about:blank")  # in front of it
+            page.wait_for("document.hidden")
+            page.evaluate(NO_TIMERS)
+            self.lose(page)
+            page.activate()
+            page.wait_for(OPEN)
+            self.heard(page, "again")
+
+    def test_back_and_forward(self) -> None:
+        html = RECORD + """<script>addEventListener('pageshow', event =>
+            console.log(`shown ${location.pathname} persisted: ${event.persisted}`))</script>"""
+        self.app.route("/other", lambda: html + self.app.channels_support())
+        with serve(self.app) as url:
+            page = self.live_page(url, html)
+            page.navigate(f"{url}/other")
+            page.wait_console("Subscription ready")
+            for move, path in ("back", "/"), ("forward", "/other"), ("back", "/"):
+                page.evaluate(f"history.{move}()", False)
+                page.wait_console(f"shown {path} persisted: {self.kept}")
+                page.wait_for(OPEN)
+                self.heard(page, f"after {len(self.seen)} connections")
+                self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def test_what_is_sent_while_away_arrives_once_and_in_order(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            port = self.app.port
+            self.app.down()
+            page.wait_for(AWAY)
+            page.evaluate("""(window.sent = Promise.all(Array.from({length: 1000}, (_, i) =>
+                WebChannels.sendMessageTo('____', 'echo', i))).then(() => 'all sent'), 0)""")
+            self.app.up(port, block=False)
+            self.assertEqual(page.evaluate("sent"), "all sent")
+            page.wait_for("got.length >= 1000")
+            self.lose(page)
+            page.evaluate("WebChannels.request('____', 'echo', 1000)")
+            self.assertEqual(self.echoed, list(range(1001)))
+            self.assertEqual(page.evaluate("got.map(push => push.payload)"), list(range(1000)))
+
+    def test_past_its_bound_the_queue_rejects(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            port = self.app.port
+            self.app.down()
+            page.wait_for(AWAY)
+            page.evaluate("""(window.sent = Promise.allSettled(Array.from({length: 20000}, (_, i) =>
+                WebChannels.sendMessageTo('____', 'echo', i))), 0)""")
+            self.app.up(port, block=False)
+            taken = page.evaluate("sent.then(all => all.filter("
+                                  "one => one.status === 'fulfilled').length)")
+            page.wait_for(f"got.length >= {taken}")
+            self.assertTrue(1000 <= taken < 20000, taken)
+            self.assertEqual(self.echoed, list(range(taken)))
+
+    def test_content_security_policy_with_a_nonce(self) -> None:
+        policy = ("default-src 'none'; img-src 'self'; script-src 'nonce-abc123'; "
+                  "connect-src 'self'")
+        self.app.route("/", lambda: Response(
+            "<!doctype html>" + RECORD.replace("<script", "<script nonce=abc123")
+            + self.app.channels_support(nonce="abc123"),
+            headers={"Content-Security-Policy": policy}))
+        with serve(self.app) as url:
+            page = self.page(url)
+            page.wait_console("Subscription ready")
+            self.heard(page, "hello")
+            self.assertEqual(page.errors, [])
+
+    def test_content_security_policy_with_src(self) -> None:
+        policy = "default-src 'none'; img-src 'self'; script-src 'self'; connect-src 'self'"
+        self.app.route("/client.js", lambda: Response(
+            self.app.channels_script(), content_type="text/javascript"))
+        self.app.route("/", lambda: Response(
+            "<!doctype html>" + self.app.channels_support(src="/client.js"),
+            headers={"Content-Security-Policy": policy}))
+        with serve(self.app) as url:
+            page = self.page(url)
+            page.wait_console("Subscription ready")
+            self.app.broadcast("____", "hello")
+            page.wait_console("hello")
+            self.assertEqual(page.errors, [])
+
+    def test_behind_a_prefix_of_nginx_with_tls(self) -> None:
+        nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not nginx:
+            self.skipTest("needs nginx")
+        folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
+        self.addCleanup(shutil.rmtree, folder)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            front = free.getsockname()[1]
+        self.app.config.base_path = "/live"
+        self.app.config.allowed_origins = [f"https://127.0.0.1:{front}"]
+        with serve(self.app):
+            (folder / "nginx.conf").write_text(NGINX.format(
+                folder=folder, front=front, back=self.app.port, pem=certificate(folder)))
+            command = [nginx, "-p", str(folder), "-c", "nginx.conf", "-e", "log"]
+            subprocess.run(command, check=True)
+            self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+            page = self.live_page(f"https://127.0.0.1:{front}/live/")
+            self.heard(page, "hello")
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+            self.assertEqual(page.errors, [])
+
+    def test_a_text_that_imitates_an_envelope_arrives_as_it_is(self) -> None:
+        texts = ['{"channel": "____", "message": "m", "payload": 1}', '{"ref": 1, "payload": "x"}',
+                 '{"ref": 1, "error": "x"}', "ERROR : 500 - Internal error", "Subscription: OK",
+                 "window.Genie", "", "null", "</script><script>got.push('injected')</script>"]
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            for text in texts:
+                self.assertTrue(self.app.broadcast("____", text))
+            page.wait_for(f"got.length >= {len(texts)}")
+            self.assertEqual(page.evaluate("got"), texts)
+
+    def test_embedded_twice_it_has_one_socket(self) -> None:
+        with serve(self.app) as url:
+            support = self.app.channels_support
+            page = self.live_page(url, RECORD + support() + support("room"))
+            page.wait_for("WebChannels.request('____', 'echo', 'x')")
+            self.assertEqual(len(self.seen), 1)
+            [client] = self.app.connected_clients()
+            self.assertEqual(set(client.channels), {"____", "room"})
+            self.heard(page, "hello")
+
+    def test_a_channel_name_cannot_break_out_of_the_script(self) -> None:
+        name = """a"b'c</script><!--<script>&lt;\\u2028\u2028`${1}"""
+        self.app.route("/", lambda: RECORD + self.app.channels_support(name) + "<h1>end</h1>")
+        with serve(self.app) as url:
+            page = self.page(url)
+            page.wait_console("Subscription ready")
+            self.assertEqual(page.evaluate("document.body.innerText.trim()"), "end")
+            self.assertTrue(self.app.broadcast(name, "hello"))
+            page.wait_for("got.includes('hello')")
+
+    def test_what_the_client_offers(self) -> None:
+        app = self.app
+        app.channels_support("room")
+        app.channel("/", lambda payload: payload + b"!")
+
+        @app.channel("/____/fail")
+        def fail() -> None:
+            raise ChannelError("no such luck")
+
+        @app.channel("/____/slow")
+        async def slow() -> None:
+            await asyncio.sleep(0.5)
+
+        with serve(app) as url:
+            page = self.live_page(url)
+            for call, outcome in (
+                    ("request('____', 'echo', {a: [1, 'é', null]})", {"a": [1, "é", None]}),
+                    ("request('____', 'fail').catch(error => error.message)", "no such luck"),
+                    ("request('____', 'slow', 0, {timeout: 100}).catch(error => error.name)",
+                     "TimeoutError"),
+                    ("request('____', 'slow', 0, {signal: AbortSignal.abort()})"
+                     ".catch(error => error.name)", "AbortError")):
+                self.assertEqual(page.evaluate(f"WebChannels.{call}"), outcome)
+
+            page.evaluate("""(window.ticks = [], WebChannels.subscribe('room').then(() => {
+                WebChannels.channel('/room/tick', () => { throw new Error('of this handler') })
+                window.off = WebChannels.channel('/:where/tick',
+                    (payload, {where}) => ticks.push([where, payload])) }))""")
+            app.broadcast("room", "tick", {"n": 1})
+            page.wait_for("ticks.length")
+            page.wait_console("of this handler")
+            page.evaluate("off()")
+            app.broadcast("room", "tick", {"n": 2})
+            page.wait_console("of this handler")
+            self.assertEqual(page.evaluate("ticks"), [["room", {"n": 1}]])
+            page.evaluate("WebChannels.unsubscribe('room')")
+            self.assertFalse(app.broadcast("room", "tick", {"n": 3}))
+
+            page.evaluate("WebChannels.sendBinary(new Uint8Array([1, 2, 255]))")
+            page.wait_for("got.some(word => word instanceof ArrayBuffer"
+                          " && String(new Uint8Array(word)) === '1,2,255,33')")
+
+            page.evaluate("WebChannels.close()")
+            self.assertEqual(page.evaluate(SHOWN), "closed")
+            page.evaluate("WebChannels.open()")
+            page.wait_for(OPEN)
+            self.heard(page, "hello")
+            app.connected_clients()[0].close(1008, "not you")  # it means it
+            page.wait_for("WebChannels.state === 'closed'")
+            self.assertEqual(page.evaluate(SHOWN), "closed")
+
+    def test_twenty_tabs_do_not_come_back_in_one_instant(self) -> None:
+        self.app.route("/", lambda: self.app.channels_support())
+        with serve(self.app) as url:
+            pages = [self.page(url) for _ in range(20)]
+            for page in pages:
+                page.wait_console("Subscription ready")
+            self.seen.clear()
+            port = self.app.port
+            self.app.down()
+            self.app.up(port, block=False)
+            for page in pages:
+                page.wait_for(OPEN, 40)
+            times = [at for at, _ in self.seen]
+            self.assertEqual(len(times), 20)
+            crowd = max(sum(at <= other < at + 0.3 for other in times) for at in times)
+            self.assertLess(crowd, 10, [round(at - times[0], 3) for at in times])
+
+    def test_the_demo_alone_in_an_empty_folder(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
+        self.addCleanup(shutil.rmtree, folder)
+        shutil.copy(HERE / "webchannels.py", folder)
+        with Terminal(sys.executable, "-I", "-S", "webchannels.py", "--port", "0",
+                      cwd=folder) as demo:
+            page = self.page(demo.expect(r"http://127\.0\.0\.1:\d+")[0])
+            page.wait_for(OPEN)
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+            self.assertEqual(page.evaluate(
+                "performance.getEntriesByType('resource').map(entry => entry.name)"), [])
+            self.assertEqual(page.errors, [])
+            demo.type("\x03")
+            self.assertEqual(demo.process.wait(20), 0)
+
+
+class InFirefox(InChromium):
+    kind = Firefox
+    kept = "false"  # Firefox decides before the page can close its connection (on pagehide)
+
+
+class OnlyInChromium(BrowserTest):
+    def test_a_frozen_tab_thaws(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.freeze(True)  # Chromium also ends the connections of a page that it freezes
+            page.freeze(False)
+            self.assertTrue(self.left.wait(20))
+            page.wait_for("WebChannels.request('____', 'echo', true).catch(() => false)")
+            self.heard(page, "again")
+            self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def test_the_walkthrough_typed_at_the_prompt(self) -> None:
+        with Terminal(sys.executable, "-i", "-q") as repl:
+            def enter(line: str, answer: str = "") -> str:
+                repl.expect(">>> ")
+                repl.type(line + "\n")
+                repl.expect(re.escape(line))  # the terminal's echo
+                return repl.expect(answer)[0]
+            enter("from webchannels import *")
+            enter('route("/", lambda: channels_support())')
+            enter('on_disconnect(lambda: print("somebody", "left")) and None')
+            page = self.page(enter("up(0)", r"http://127\.0\.0\.1:\d+"))
+            page.wait_console("Subscription ready")
+            enter("connected_clients()", r"\[<ChannelClient .*____.*\]")
+            enter('broadcast("____", "Hey!")', "True")
+            page.wait_console("Hey!")
+            enter('script = "parse_payload = p => console.log(`Got this payload: ${p}`)"')
+            enter('page = channels_support() + f"<script>{script}</script>"')
+            enter('route("/", lambda: page)')
+            repl.expect(">>> ")
+            page.reload()
+            repl.expect("somebody left")
+            page.wait_console("Subscription ready")
+            repl.type('broadcast("____", "Hey!")\n')
+            page.wait_console("Got this payload: Hey!")
+            repl.type('@channel("/____/echo")\ndef echo():\n    text = f"Received: '
+                      '{params(\'payload\')}"\n    print(text)\n    return text\n\n1 + 1\n')
+            repl.expect("\n2\n")
+            page.evaluate("Genie.WebChannels.sendMessageTo('____', 'echo', 'Hello!')")
+            repl.expect("Received: Hello!")
+            page.wait_console("Got this payload: Received: Hello!")
+            page.close()
+            repl.expect("somebody left")
+            repl.type("connected_clients(), len(disconnected_clients())\n")
+            repl.expect(r"\(\[\], 2\)")
+            repl.type("unsubscribe_disconnected_clients(), disconnected_clients()\n")
+            repl.expect(r"\(\[\], \[\]\)")
+            repl.type("exit()\n")
+            self.assertEqual(repl.process.wait(20), 0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--embed"]:
+        (HERE / "webchannels.py").write_text(embedded(), encoding="utf-8")
+    else:
+        unittest.main()
