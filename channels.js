@@ -1,22 +1,22 @@
 /**
  * channels.js: the browser's side of webchannels.py. MIT License.
  *
- * One WebSocket (webchannels.v1) carries all channels of the page: bytes, and JSON.
- *   to the server    {channel, message, payload?, ref?}
- *   from the server  {channel, message, payload?}      a push
- *                    {ref, payload} or {ref, error}    the reply to that ref
- *                    {error, channel, message}         an error without ref
- * An empty message asks for an empty one, to see that the server is there.
+ * One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
+ *   {channel, message, payload?, ref?}    to the server
+ *   {channel, message, payload?}          from the server
+ *   {ref, payload} or {ref, error}        its reply to a ref
+ *   {error, channel, message}             an error without ref
+ *   an empty message                      a keep-alive, answered by another
  */
-// A second copy in a page finds the first. (Object(x) is x, for the type checker of any type.)
+// A second copy in the page finds the first. (Object(x) is x, of any type.)
 var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
   'use strict'
 
   const TICK = 5000           // ms
-  const ASK = 5               // silent ticks until the server is asked whether it is there
+  const ASK = 5               // silent ticks until a keep-alive
   const DEAD = 7              // silent ticks until the connection counts as lost
   const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
-  const QUEUE = [2048, 2**20] // messages and bytes that may wait for the connection
+  const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
   const FINAL = [1000, 1008]  // close codes after which to stay away
 
   const page = Object(window)
@@ -27,16 +27,16 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
   let state = 'connecting'
   /** @type {WebSocket | null} */
   let socket = null // the only one
-  let timer = 0     // to the next tick or, without a socket, to the next connect
+  let timer = 0     // to the next tick or, without a socket, connect
   let silent = 0    // ticks since the server was heard
   let failures = 0  // in a row
   let lastRef = 0
-  // An item is {data, ref, promise, resolve, reject}; the promise is that of the reply or, without
-  // ref, of the hand-over to the socket.
+  // An item is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
   const queue = new Map()         // items not sent yet -> bytes
   const pending = new Map()       // ref -> item not answered yet
   const subscriptions = new Map() // channel -> item
-  const handlers = new Set()      // [path, handler]
+  /** @type {Set<{ pattern: string[], handler: Function }>} */
+  const handlers = new Set()
 
   /** @param {string} type  @param {any} [detail] */
   const emit = (type, detail) => client.dispatchEvent(new CustomEvent(type, { detail }))
@@ -61,8 +61,8 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     timer = setTimeout(tick, TICK)
   }
 
-  // Counted, not timed: a background tab ticks late, a frozen one not at all, but it hears what the
-  // server said before the next tick.
+  // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
+  // what the server said before it ticks twice.
   const tick = () => {
     timer = setTimeout(tick, TICK)
     if (++silent >= DEAD) return end('reconnecting')
@@ -71,7 +71,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     if (silent === ASK) socket.send('')
   }
 
-  /** The network may have come or gone: do not wait for the timer. */
+  /** Does now what the timer is for. */
   const wake = () => {
     if (state === 'closed') return
     failures = 0
@@ -105,8 +105,9 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
       queue.clear()
     } else {
-      // Full jitter: the clients of a restarted server must not be back all at once.
-      const most = Math.min(DELAY[1], DELAY[0] * 2 ** failures++)
+      // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
+      const first = DELAY[0] * (document.hidden ? 10 : 1)
+      const most = Math.min(DELAY[1], first * 2 ** failures++)
       timer = setTimeout(connect, Math.random() * most)
     }
     become(next) // last, for listeners may open() or close()
@@ -131,7 +132,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   /** @param {any} item */
   const send = item => {
-    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one would swallow it
+    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one swallows it
     else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
     else {
       const copy = new Blob([item.data]) // the caller may reuse its buffer
@@ -149,7 +150,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       resolve(reply)
       emit('subscribed', channel)
     }, error => {
-      if (error instanceof DOMException) return // lost; the next connection renews it
+      if (error instanceof DOMException) return // lost: the next connection renews it
       subscriptions.delete(channel)
       reject(error)
       complain({ error: error.message, channel, message: 'subscribe' })
@@ -162,7 +163,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     silent = 0
     if (data === '') return
     const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const item = pending.get(m.ref) // none if it timed out or was aborted
+    const item = pending.get(m.ref) // if it is still wanted
     if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
     else m.ref ? item?.resolve(m.payload) : deliver(m)
   }
@@ -178,22 +179,17 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     const plain = payload === undefined
     const word = plain ? message : { channel, message, payload }
     emit('message', word)
-    // A microtask each: if one throws, the others still run.
+    const segments = `/${channel}/${message}`.split('/')
     let taken = false
-    for (const [path, handler] of handlers) {
-      const found = !plain && match(path.split('/'), `/${channel}/${message}`.split('/'))
-      if (!found) continue
+    for (const { pattern, handler } of handlers) {
+      const names = Object({})
+      if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
+        part[0] === ':' ? names[part.slice(1)] = segments[i] : part === segments[i])) continue
       taken = true
-      queueMicrotask(() => handler(payload, { ...found, channel, message }))
+      // A microtask each: if one throws, the others still run.
+      queueMicrotask(() => handler(payload, { ...names, channel, message }))
     }
     if (!taken) queueMicrotask(() => page.parse_payload(word))
-  }
-
-  /** The values of the `:name`s, or null. @param {string[]} pattern  @param {string[]} path */
-  const match = (pattern, path) => {
-    const found = Object({})
-    return pattern.length === path.length && pattern.every((part, i) =>
-      part[0] === ':' ? found[part.slice(1)] = path[i] : part === path[i]) ? found : null
   }
 
   // ---- What the page uses ----
@@ -207,8 +203,8 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     get state() { return state }
 
     /**
-     * Resolves at the hand-over to the connection, when that is there; rejects when the queue is
-     * full, or on close(). A reply comes as a push.
+     * Resolves when handed to a connection, rejects when too much waits for one or on close(). A
+     * reply comes as a push.
      * @param {string} channel  @param {string} message  @param {any} [payload]
      */
     async sendMessageTo(channel, message, payload) {
@@ -219,7 +215,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     async sendBinary(data) { return send(outgoing(data)) }
 
     /**
-     * Resolves with the reply. Rejects with the server's error or a DOMException: TimeoutError,
+     * Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
      * AbortError, NetworkError (connection lost: nobody knows whether it ran).
      * @param {string} channel  @param {string} message  @param {any} [payload]
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
@@ -227,7 +223,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       const ref = ++lastRef
       const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
-      const late = setTimeout(item.reject, Math.min(timeout, 2 ** 31 - 1),
+      const late = setTimeout(item.reject, Math.min(timeout, 2e9),
         new DOMException('No reply in time', 'TimeoutError'))
       const abort = () => item.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
@@ -248,13 +244,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
      * @returns {() => void} takes it off again
      */
     channel(path, handler) {
-      const entry = [path, handler]
+      const entry = { pattern: path.split('/'), handler }
       handlers.add(entry)
       return () => { handlers.delete(entry) }
     }
 
     /**
-     * Holds over reconnects. Resolves when the server confirms it, rejects when it refuses.
+     * Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
      * @param {string} channel  @returns {Promise<any>}
      */
     subscribe(channel) {
@@ -275,13 +271,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       if (state === 'open') return client.request(channel, 'unsubscribe')
     }
 
-    /** Connects: after close() or a refusal, or instead of waiting. */
+    /** Connects, at once. */
     open() {
       if (state === 'closed') become('connecting')
       wake()
     }
 
-    /** Stays away until open(). Rejects what is queued or unanswered. */
+    /** Stays away until open(). Rejects what waits. */
     close() { end('closed', 1000) }
   }
 

@@ -362,7 +362,7 @@ class Chromium:
         self.commands += 1
         number = self.commands
         self.socket.send_json({"id": number, "method": method, "params": params or {}, **extra})
-        self.wait(lambda: number in self.replies, 30, method)
+        self.wait(lambda: number in self.replies, 60, method)
         reply = self.replies.pop(number)
         if "error" in reply:
             raise BrowserError(f"{method}: {reply.get('message') or reply['error']}")
@@ -1019,7 +1019,7 @@ class HttpTest(ServerTest):
 
     async def asynchronous(self, request: Request) -> str:
         await asyncio.sleep(0)
-        return f"{request.method} {request.headers['user-AGENT']} {self.app.params('q')}"
+        return f"{request.method} {request.headers['user-agent']} {self.app.params('q')}"
 
     def data(self, request: Request) -> dict[str, Any]:
         return {key: value for key, value in self.app.params().items() if key != "request"} | {
@@ -1130,8 +1130,7 @@ class HttpTest(ServerTest):
     def test_keep_alive(self) -> None:
         for head, kept in ((b"HTTP/1.1\r\nHost: localhost\r\n", True),
                            (b"HTTP/1.1\r\nHost: localhost\r\nConnection: x, Close\r\n", False),
-                           (b"HTTP/1.0\r\n", False),
-                           (b"HTTP/1.0\r\nConnection: keep-alive\r\n", True)):
+                           (b"HTTP/1.0\r\nConnection: keep-alive\r\n", False)):
             with Connection(self.url) as connection:
                 connection.send_raw(b"GET / " + head + b"\r\n")
                 reply = connection.response()
@@ -1203,7 +1202,7 @@ class HttpTest(ServerTest):
         (400, b"Content-Length : 3\r\n\r\nabc"), (400, b"Content-Length: 9" + b"9" * 99 + b"\r\n\r\n"),
         (413, b"Content-Length: 1001\r\n\r\n"), (413, b"Content-Length: 999999999999\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
-        (400, b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
+        (501, b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked, gzip\r\n\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n"),
         (501, b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n"),
@@ -2245,6 +2244,7 @@ RECORD = "<script>got = []; parse_payload = payload => got.push(payload)</script
 NO_TIMERS = """(Math.random = () => 0.99, window.realTimeout = setTimeout,
     window.setTimeout = (f, ms, ...rest) => ms > 100 ? 0 : realTimeout(f, ms, ...rest), true)"""
 OPEN = "WebChannels.state === 'open'"
+ANSWERED = "WebChannels.request('____', 'echo', true).catch(() => false)"
 SHOWN = "document.documentElement.dataset.webchannels"
 AWAY = "WebChannels.state === 'reconnecting'"
 
@@ -2609,7 +2609,7 @@ class InChromium(BrowserTest):
             self.app.down()
             self.app.up(port, block=False)
             for page in pages:
-                page.wait_for(OPEN, 40)
+                page.wait_for(ANSWERED, 40)
             times = [at for at, _ in self.seen]
             self.assertEqual(len(times), 20)
             crowd = max(sum(at <= other < at + 0.3 for other in times) for at in times)
@@ -2643,7 +2643,7 @@ class OnlyInChromium(BrowserTest):
             page.freeze(True)  # Chromium also ends the connections of a page that it freezes
             page.freeze(False)
             self.assertTrue(self.left.wait(20))
-            page.wait_for("WebChannels.request('____', 'echo', true).catch(() => false)")
+            page.wait_for(ANSWERED)
             self.heard(page, "again")
             self.assertEqual(len(self.app.connected_clients()), 1)
 

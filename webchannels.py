@@ -59,7 +59,7 @@ import weakref
 import webbrowser
 import zlib
 from dataclasses import dataclass
-from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar, Union, cast
+from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
@@ -69,11 +69,8 @@ __all__ = [
     "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
-
 logger = logging.getLogger("webchannels")
 H = TypeVar("H", bound=Callable[..., Any])
-T = TypeVar("T")
-
 
 # ------------------------------------------------------------------------------------- config
 
@@ -108,10 +105,17 @@ class Config:
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
     json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
-    redis_url: str | None = None  # redis://[user:password@]host:port/db, or rediss://…
 
 
 # ------------------------------------------------------------------------------------- router
+
+# What `:name::int` and the others match, most specific first: the order in which they are tried.
+# ASCII digits only: int() and float() would also take "1_0", " 1" and other scripts' digits.
+_SEGMENTS: dict[type, re.Pattern[str]] = {
+    int: re.compile(r"-?[0-9]{1,300}"),
+    float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
+    str: re.compile(r".+", re.DOTALL),
+}
 
 
 class Endpoint:
@@ -123,8 +127,7 @@ class Endpoint:
 
         Raises TypeError for a handler that cannot be called with these, ValueError for a path.
         """
-        self.handler = handler
-        self.threaded = threaded
+        self.handler, self.threaded = handler, threaded
         self.name: str = getattr(handler, "__qualname__", repr(handler))
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
         if not path.startswith("/") or len(set(self.path_names)) < len(self.path_names):
@@ -132,38 +135,24 @@ class Endpoint:
         if threaded and inspect.iscoroutinefunction(handler):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
         try:
-            parameters = list(inspect.signature(handler).parameters.values())
+            parameters = inspect.signature(handler).parameters.values()
         except ValueError:  # some built-ins do not tell: they are called with nothing
-            parameters = []
-        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+            parameters = {}.values()
         named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD,
                                                                   each.VAR_POSITIONAL)]
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         self.takes = [each.name for each in named]
         self.required = [each.name for each in named if each.default is each.empty]
-        if supplied is not None:
-            known = supplied.union(self.path_names)
-            for name in self.required:
-                if name not in known:
-                    raise TypeError(f"{self.name} asks for {name!r}, which it cannot get; it can "
-                                    f"ask for {', '.join(sorted(known))}")
+        known = (supplied or set(self.required)).union(self.path_names)
+        for name in set(self.required) - known:
+            raise TypeError(f"{self.name} asks for {name!r}, which it cannot get; it can ask for "
+                            f"{', '.join(sorted(known))}")
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
         if self.takes_any:
             return self.handler(**given)
-        if not self.takes:
-            return self.handler()
         return self.handler(**{name: given[name] for name in self.takes if name in given})
-
-
-# What `:name::int` and the others match, most specific first: the order in which they are tried.
-# ASCII digits only: int() and float() would also take "1_0", " 1" and other scripts' digits.
-_SEGMENTS: dict[type, re.Pattern[str]] = {
-    int: re.compile(r"-?[0-9]{1,300}"),
-    float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
-    str: re.compile(r".+", re.DOTALL),
-}
-Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
 
 
 def _parse_segment(segment: str) -> tuple[str, type]:
@@ -172,6 +161,9 @@ def _parse_segment(segment: str) -> tuple[str, type]:
         if name.isidentifier() and known.__name__ == (kind or "str"):
             return name, known
     raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
+
+
+Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
 
 
 class Router:
@@ -189,9 +181,8 @@ class Router:
     def add(self, path: str, endpoint: Endpoint, method: str = "") -> None:
         """Register `endpoint` in place of any that is there."""
         node = self._tree
-        for segment in path.split("/")[1:]:
-            key = _parse_segment(segment)[1] if segment[:1] == ":" else segment
-            node = node.setdefault(key, {})
+        for part in path.split("/")[1:]:
+            node = node.setdefault(_parse_segment(part)[1] if part[:1] == ":" else part, {})
         endpoints = node.setdefault(None, {})
         endpoints[method] = endpoint
         if not endpoint.path_names:
@@ -223,6 +214,15 @@ class Router:
 
 # --------------------------------------------------------------------------------------- http
 
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_BARE_CR = re.compile(rb"\r(?=[^\n])")
+_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
+_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?")
+_MAX_CHUNK_LINE = 256
+
 
 class HTTPError(Exception):
     """Raised by a handler to answer with a status and text: `raise HTTPError(404, "No such page")`.
@@ -232,9 +232,8 @@ class HTTPError(Exception):
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
-        self.status = status
-        self.text = _phrase(status).capitalize() if text is None else text
-        self.headers = headers
+        self.status, self.headers = status, headers
+        self.text = http.client.responses.get(status, "").capitalize() if text is None else text
         super().__init__(f"{status} {self.text}")
 
     def response(self) -> Response:
@@ -242,39 +241,18 @@ class HTTPError(Exception):
         return Response(self.text, self.status, self.headers, "text/plain; charset=utf-8")
 
 
-def _phrase(status: int) -> str:
-    return http.client.responses.get(status, "Unknown")
-
-
-class Headers(dict[str, str]):
-    """Header fields by name, in any case. Repeated fields are joined (RFC 9110, 5.3)."""
-
-    def __getitem__(self, name: str) -> str:
-        return super().__getitem__(name.lower())
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(str(name).lower())
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The field's value, or `default`."""
-        return super().get(name.lower(), default)
-
-
 class Request:
     """An HTTP request: `.method .target .path .query .headers .body .address .cookies`.
 
-    `path` and `query` are percent-encoded, as they came; `headers` take a name in any case; `body`
-    is bytes; `address` is the peer's IP address.
+    `path` and `query` are percent-encoded, as they came; `headers` has lower-case names, repeated
+    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address.
     """
 
     __slots__ = ("address", "body", "headers", "http_1_0", "method", "path", "query", "target")
 
-    def __init__(self, method: str, target: str, headers: Headers, http_1_0: bool) -> None:
-        self.method = method
-        self.target = target
+    def __init__(self, method: str, target: str, headers: dict[str, str], http_1_0: bool) -> None:
+        self.method, self.target, self.headers, self.http_1_0 = method, target, headers, http_1_0
         self.path, _, self.query = target.partition("?")
-        self.headers = headers
-        self.http_1_0 = http_1_0
         self.body = b""
         self.address = ""
 
@@ -290,11 +268,9 @@ class Request:
             return {}
         return {name: morsel.value for name, morsel in jar.items()}
 
-    @property
-    def keep_alive(self) -> bool:
-        """May the connection be used again (RFC 9112, 9.3)?"""
-        options = _members(self.headers.get("connection", ""))
-        return "close" not in options and (not self.http_1_0 or "keep-alive" in options)
+    def members(self, name: str) -> list[str]:
+        """The lower-case members of a comma-separated header field (RFC 9110, 5.6.1)."""
+        return [each.strip(" \t").lower() for each in self.headers.get(name, "").split(",")]
 
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
@@ -310,16 +286,10 @@ class Request:
                                                     max_num_fields=1000))
             if self.body and (kind == "application/json" or kind.endswith("+json")):
                 payload = load_json(self.body.decode())
-                found.update(payload if isinstance(payload, dict) else {})
-                found["payload"] = payload
+                found.update(payload if isinstance(payload, dict) else {}, payload=payload)
         except ValueError:
             raise HTTPError(400, "The parameters cannot be read") from None
         return found
-
-
-def _members(value: str) -> list[str]:
-    """The lower-case members of a comma-separated field (RFC 9110, 5.6.1)."""
-    return [member.strip(" \t").lower() for member in value.split(",")] if value else []
 
 
 class Response:
@@ -336,8 +306,7 @@ class Response:
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
         self.status = status
-        self.headers = list(dict(headers).items() if isinstance(headers, Mapping)
-                            else headers or ())
+        self.headers = list(headers.items() if isinstance(headers, Mapping) else headers or ())
         if isinstance(body, str):
             self.body, kind = body.encode(), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
@@ -348,37 +317,28 @@ class Response:
         if self.body and "content-type" not in names:
             self.headers.append(("Content-Type", content_type or kind))
         if names & {"connection", "content-length", "date", "transfer-encoding"}:
-            raise ValueError("Connection, Content-Length, Date and Transfer-Encoding are the "
-                             "server's to set")
+            raise ValueError("Connection, Content-Length, Date and Transfer-Encoding are not yours")
         for name, value in self.headers:
             if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
                 raise ValueError(f"not a header field: {name!r}: {value!r}")
 
-    def encode(self, head_only: bool = False, connection: str = "") -> bytes:
-        """The answer as bytes; `connection` is the value of that field, if there is to be one."""
+    def encode(self, head_only: bool = False, close: bool = False) -> bytes:
+        """The answer as bytes; `close`: the connection ends with it."""
+        phrase = http.client.responses.get(self.status, "")
+        lines = [f"HTTP/1.1 {self.status} {phrase}\r\nDate: {_date(int(time.time()))}"]
+        lines += [f"{name}: {value}" for name, value in self.headers]
+        lines.append("X-Content-Type-Options: nosniff")
         has_body = self.status not in (204, 304)  # RFC 9110, 6.4.1
-        fields = [f"HTTP/1.1 {self.status} {_phrase(self.status)}\r\n{_date(int(time.time()))}",
-                  *[f"{name}: {value}" for name, value in self.headers],
-                  "X-Content-Type-Options: nosniff",
-                  *([f"Content-Length: {len(self.body)}"] if has_body else []),
-                  *([f"Connection: {connection}"] if connection else []), "\r\n"]
-        head = "\r\n".join(fields).encode("latin-1", "replace")
+        if has_body:
+            lines.append(f"Content-Length: {len(self.body)}")
+        lines.append("Connection: close\r\n\r\n" if close else "\r\n")
+        head = "\r\n".join(lines).encode("latin-1", "replace")
         return head + self.body if has_body and not head_only else head
 
 
 @functools.lru_cache(maxsize=2)
 def _date(now: int) -> str:
-    return f"Date: {email.utils.formatdate(now, usegmt=True)}"
-
-
-METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
-_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_BARE_CR = re.compile(rb"\r(?=[^\n])")
-_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
-_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?")
-_MAX_CHUNK_LINE = 256
+    return email.utils.formatdate(now, usegmt=True)
 
 
 class RequestReader:
@@ -391,8 +351,7 @@ class RequestReader:
         self.buffer = bytearray()  # what is not yet understood; after an upgrade, not HTTP
         self.begun = False  # has a part of the next request arrived?
         self.expects_continue = False
-        self._max_header_size = max_header_size
-        self._max_body_size = max_body_size
+        self._max_header_size, self._max_body_size = max_header_size, max_body_size
         self._requests = self._read()
 
     def receive(self, data: bytes) -> None:
@@ -403,38 +362,30 @@ class RequestReader:
         """The next complete request, or None. Raises HTTPError; then nothing more may be read."""
         return next(self._requests)
 
+    # What follows are generators: they yield None where more bytes are needed.
+
     def _read(self) -> Iterator[Request | None]:
-        """Yield a request for each that is complete, None where more bytes are needed."""
         while True:
             self.begun = False
-            room = self._max_header_size
             line = ""
             while not line:  # RFC 9112, 2.2: empty lines before a request are ignored
-                line = yield from self._line(room, 414)
+                line = yield from self._line(self._max_header_size, 414)
             self.begun = True
             match = _REQUEST_LINE.fullmatch(line)
             if not match:
                 raise HTTPError(400, "Bad request line")
             if match[3] != "1":
                 raise HTTPError(505)
-            headers = yield from self._fields(room - len(line) - 2)
+            headers = yield from self._fields(self._max_header_size - len(line) - 2)
             request = _parse_request(match[1], match[2], headers, match[4] == "0")
             length = _body_length(request)
-            self._check_size(length)
             expect = headers.get("expect", "").lower()
             if expect not in ("", "100-continue"):
                 raise HTTPError(417)
             self.expects_continue = bool(expect and length != 0 and not request.http_1_0)
-            if length < 0:
-                request.body = yield from self._chunks()
-            else:
-                request.body = yield from self._take(length)
+            request.body = yield from self._chunks() if length < 0 else self._take(length, 0)
             self.expects_continue = False
             yield request
-
-    def _check_size(self, size: int) -> None:
-        if size > self._max_body_size:
-            raise HTTPError(413)
 
     def _line(self, limit: int, status: int) -> Any:
         """The next line without its CRLF; `status` is the answer to one over the limit."""
@@ -454,7 +405,10 @@ class RequestReader:
             raise HTTPError(400, "Bad line ending")
         return line[:-2]
 
-    def _take(self, size: int) -> Any:
+    def _take(self, size: int, before: int) -> Any:
+        """`size` bytes of a body of which there were some before."""
+        if before + size > self._max_body_size:
+            raise HTTPError(413)
         while len(self.buffer) < size:
             yield None
         part = bytes(self.buffer[:size])
@@ -463,7 +417,7 @@ class RequestReader:
 
     def _fields(self, room: int) -> Any:
         """The header or trailer section."""
-        headers = Headers()
+        headers: dict[str, str] = {}
         while True:
             line = yield from self._line(room, 431)
             if not line:
@@ -481,52 +435,46 @@ class RequestReader:
         """A chunked body (RFC 9112, 7.1)."""
         body = bytearray()
         while True:
-            line = yield from self._line(_MAX_CHUNK_LINE, 400)
-            match = _CHUNK_SIZE.fullmatch(line)
+            match = _CHUNK_SIZE.fullmatch((yield from self._line(_MAX_CHUNK_LINE, 400)))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if not size:
                 yield from self._fields(self._max_header_size)  # checked, then dropped
                 return bytes(body)
-            self._check_size(len(body) + size)
-            body += yield from self._take(size)
-            if (yield from self._take(2)) != b"\r\n":
+            body += yield from self._take(size, len(body))
+            if (yield from self._take(2, 0)) != b"\r\n":
                 raise HTTPError(400, "Bad chunk")
 
 
-def _parse_request(method: str, target: str, headers: Headers, http_1_0: bool) -> Request:
+def _parse_request(method: str, target: str, headers: dict[str, str], http_1_0: bool) -> Request:
     if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
-        host, slash, rest = target.partition("://")[2].partition("/")
-        headers["host"] = host
+        headers["host"], slash, rest = target.partition("://")[2].partition("/")
         target = slash + rest or "/"
     elif method == "CONNECT":
         raise HTTPError(501)
     elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise HTTPError(400, "Bad request target")
     # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
-    host = headers.get("host")
-    if not _HOST.fullmatch(host) if host is not None else not http_1_0:
+    if not _HOST.fullmatch(headers.get("host", "none" if http_1_0 else "")):
         raise HTTPError(400, "One valid Host is needed")
     return Request(method, target, headers, http_1_0)
 
 
 def _body_length(request: Request) -> int:
     """The body's length (RFC 9112, 6.3); -1: it is chunked."""
-    length = request.headers.get("content-length", "0")
-    coding = request.headers.get("transfer-encoding")
+    length, coding = map(request.headers.get, ("content-length", "transfer-encoding"))
     if coding is None:
+        length = "0" if length is None else length
         if not re.fullmatch("[0-9]{1,18}", length):  # no sign, no space, not two of them
             raise HTTPError(400, "Bad Content-Length")
         return int(length)
-    if "content-length" in request.headers or request.http_1_0:
-        raise HTTPError(400, "Transfer-Encoding is not allowed here")
-    codings = _members(coding)
-    if codings == ["chunked"]:
-        return -1
-    if "chunked" in codings[:-1] or len(codings) == 1 and "chunked" in coding:
+    codings = request.members("transfer-encoding")
+    if length is not None or request.http_1_0 or "chunked" in codings[:-1]:
         raise HTTPError(400, "Bad Transfer-Encoding")
-    raise HTTPError(501, "Only chunked is implemented")
+    if codings != ["chunked"]:
+        raise HTTPError(501, "Only chunked is implemented")
+    return -1
 
 
 # ---------------------------------------------------------------------------------- websocket
@@ -536,10 +484,18 @@ FAIL = -1  # the event of a broken rule; no opcode
 SUBPROTOCOL = "webchannels.v1"
 _KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 _PARAMETER = re.compile(rf"\s*({_TOKEN.pattern})\s*(?:=\s*(?:({_TOKEN.pattern})|\"(.*)\")\s*)?")
+# What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
+# as such, the message ended in the middle of a block.
+_DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
+_MAX_FINAL_BLOCKS = 16  # in one message; a flood of them would take long
+_BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 
 # (TEXT, str), (BINARY, bytes), (PING, bytes), (PONG, bytes), (CLOSE, (code, reason)) or
 # (FAIL, ProtocolError). A plain tuple, since there is one for each message.
 Event = tuple[int, Any]
+# How a client wants its messages: does it speak webchannels.v1, and with which window bits are
+# they deflated (0: they are not)?
+Dialect = tuple[bool, int]
 
 
 class ProtocolError(Exception):
@@ -547,24 +503,18 @@ class ProtocolError(Exception):
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(f"{code} {reason}")
-        self.code = code
-        self.reason = reason
+        self.code, self.reason = code, reason
 
 
-class Handshake(NamedTuple):
-    """What an opening handshake agreed on."""
+def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
+    """The answer to an opening handshake (RFC 6455, 4.2), and what was agreed on.
 
-    head: bytes  # the 101 answer
-    v1: bool  # does the client speak the subprotocol webchannels.v1?
-    deflate_bits: int  # the window bits for messages to the client; 0: no permessage-deflate
-
-
-def accept_handshake(request: Request, compression: bool) -> Handshake:
-    """Answer an opening handshake (RFC 6455, 4.2). Raises HTTPError 400, 405 or 426."""
+    Raises HTTPError 400, 405 or 426.
+    """
     headers = request.headers
     if request.method != "GET":
         raise HTTPError(405, headers={"Allow": "GET"})
-    if request.http_1_0 or request.body or "upgrade" not in _members(headers.get("connection", "")):
+    if request.http_1_0 or request.body or "upgrade" not in request.members("connection"):
         raise HTTPError(400, "A WebSocket needs HTTP/1.1, Connection: Upgrade and no body")
     if headers.get("sec-websocket-version") != "13":
         raise HTTPError(426, headers={"Sec-WebSocket-Version": "13", "Upgrade": "websocket"})
@@ -576,18 +526,17 @@ def accept_handshake(request: Request, compression: bool) -> Handshake:
     if not valid:
         raise HTTPError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     accept = base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
-    head = ("HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Accept: {accept}\r\n")
-    # Subprotocols are compared as they stand: their case matters.
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
+             f"Sec-WebSocket-Accept: {accept}"]
     offered = headers.get("sec-websocket-protocol", "").split(",")
-    v1 = SUBPROTOCOL in map(str.strip, offered)
+    v1 = SUBPROTOCOL in map(str.strip, offered)  # compared as it stands: case matters
     if v1:
-        head += f"Sec-WebSocket-Protocol: {SUBPROTOCOL}\r\n"
-    agreed, bits = negotiate_deflate(
-        headers.get("sec-websocket-extensions", "") if compression else "")
+        lines.append(f"Sec-WebSocket-Protocol: {SUBPROTOCOL}")
+    offers = headers.get("sec-websocket-extensions", "") if compression else ""
+    agreed, bits = negotiate_deflate(offers)
     if agreed:
-        head += f"Sec-WebSocket-Extensions: {agreed}\r\n"
-    return Handshake((head + "\r\n").encode(), v1, bits)
+        lines.append(f"Sec-WebSocket-Extensions: {agreed}")
+    return "\r\n".join([*lines, "", ""]).encode(), (v1, bits)
 
 
 def negotiate_deflate(header: str) -> tuple[str, int]:
@@ -604,27 +553,18 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
         if name.strip().lower() != "permessage-deflate" or len(found) != len(parts):
             continue
         agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-        bits = 15
         for key, value in found.items():
-            if key == "server_max_window_bits" and re.fullmatch("9|1[0-5]", value or ""):
-                bits = int(value)
+            bits = re.fullmatch("9|1[0-5]", value or "")
+            if (key == "server_max_window_bits" and bits
+                    or key == "client_max_window_bits" and (bits or value == "8")):
                 agreed += f"; {key}={value}"
-            elif key == "client_max_window_bits" and re.fullmatch("[89]|1[0-5]", value or ""):
-                agreed += f"; {key}={value}"
-            elif value is not None or key not in ("server_no_context_takeover",
-                                                  "client_no_context_takeover",
-                                                  "client_max_window_bits"):
+            elif value is not None or key not in (
+                    "server_no_context_takeover", "client_no_context_takeover",
+                    "client_max_window_bits"):
                 break
         else:
-            return agreed, bits
+            return agreed, int(found.get("server_max_window_bits", 15))
     return "", 0
-
-
-# What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
-# as such, the message ended in the middle of a block.
-_DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
-_MAX_RESTARTS = 16
-_BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 
 
 def unmask(data: bytes, mask: bytes) -> bytes:
@@ -647,32 +587,33 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_compressed", "_decoder", "_done", "_final", "_head", "_inflate", "_inflater",
-                 "_left", "_mask", "_max", "_opcode", "_parts", "_restarts", "_size", "frames",
+    __slots__ = ("_compressed", "_decoder", "_done", "_final", "_final_blocks", "_head", "_inflate",
+                 "_inflater", "_left", "_mask", "_max", "_opcode", "_parts", "_size", "frames",
                  "more", "unfinished")
 
     def __init__(self, max_message_size: int, inflate: bool = False) -> None:
         """`inflate`: was permessage-deflate agreed on?"""
-        self._max = max_message_size
-        self._inflate = inflate
-        self._done = False
-        self.more = False  # is there more to come of what has arrived, by receive(b"")?
+        self._max, self._inflate = max_message_size, inflate
         self.frames = 0  # how many were begun
-        self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
-        self._head = b""  # of a frame whose header, or control frame that, has not fully arrived
         self._left = 0  # how much is to come of a data frame's payload
         self._mask = b""
         self._final = False
         self._reset()
+        self._end(done=False)
+
+    def _end(self, done: bool) -> None:
+        self._done = done
+        self._head = b""  # of a frame whose header, or control frame that, has not fully arrived
+        self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
+        self.more = False  # is there more to come of what has arrived, by receive(b"")?
 
     def _reset(self) -> None:
-        self._opcode = 0  # of the message that has not fully arrived; 0: there is none
+        self._opcode = self._size = 0  # of the message that has not fully arrived; 0: there is none
         self._compressed = False
-        self._size = 0
         self._parts: list[Any] = []
         self._decoder: codecs.IncrementalDecoder | None = None
         self._inflater: Any = None
-        self._restarts = 0
+        self._final_blocks = 0
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
@@ -682,14 +623,10 @@ class FrameReader:
                 self._receive(data, events)
         except ProtocolError as error:
             events.append((FAIL, error))
-            self._end()
+        if events and events[-1][0] in (FAIL, CLOSE):
+            self._end(done=True)
+            self._reset()
         return events
-
-    def _end(self) -> None:
-        self._done = True
-        self.more = False
-        self.unfinished = 0
-        self._reset()
 
     def _receive(self, data: bytes, events: list[Event]) -> None:
         at = 0
@@ -707,13 +644,12 @@ class FrameReader:
             stop = start + data[at + 1] - 128
             # The common frame: a short text message, masked and in one piece.
             if first == 0x81 and 6 <= stop - at < 132 and stop <= end and not self._opcode:
-                if stop - start > self._max:
-                    raise ProtocolError(1009, "message too long")
+                self._check_size(stop - start)
+                self.frames += 1
                 try:
                     text = str(unmask(data[start:stop], data[start - 4:start]), "utf-8")
                 except UnicodeDecodeError:
                     raise ProtocolError(1007, "text is not UTF-8") from None
-                self.frames += 1
                 events.append((TEXT, text))
                 at = stop
                 continue
@@ -723,8 +659,8 @@ class FrameReader:
                 size = 2 if length == 126 else 8
                 start += size
                 length = int.from_bytes(data[at + 2:at + 2 + size], "big")
-                if end - at >= 2 + size and (length < 126 if size == 2 else
-                                             length < 65536 or length >> 63):
+                least, most = (126, 65535) if size == 2 else (65536, (1 << 63) - 1)
+                if end - at >= 2 + size and not least <= length <= most:
                     raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
             if start > end or first & 8 and start + length > end:
                 break
@@ -732,14 +668,16 @@ class FrameReader:
             self._mask = data[start - 4:start]
             if first & 8:
                 at = start + length
-                if self._control(first & 15, unmask(data[start:at], self._mask), events):
+                payload = unmask(data[start:at], self._mask)
+                if first & 15 == CLOSE:
+                    events.append((CLOSE, _parse_close(payload)))
                     return
+                events.append((first & 15, payload))
             else:
                 if first & 15:
-                    self._opcode = first & 15
-                    self._compressed = bool(first & 0x40)
-                if not self._compressed and self._size + length > self._max:
-                    raise ProtocolError(1009, "message too long")
+                    self._opcode, self._compressed = first & 15, bool(first & 0x40)
+                if not self._compressed:
+                    self._check_size(length)
                 self._final = bool(first & 0x80)
                 self._left = self.unfinished = length
                 at = self._payload(data, start, events)
@@ -763,20 +701,9 @@ class FrameReader:
         elif bool(opcode) == bool(self._opcode):
             raise ProtocolError(1002, "message inside another" if opcode else "nothing to continue")
 
-    def _control(self, opcode: int, payload: bytes, events: list[Event]) -> bool:
-        """A control frame; is it the last of all frames?"""
-        if opcode != CLOSE:
-            events.append((opcode, payload))
-            return False
-        code = int.from_bytes(payload[:2], "big") if payload else 1005  # 7.1.5
-        if payload and (len(payload) == 1 or not is_wire_close_code(code)):
-            raise ProtocolError(1002, "bad close code")
-        try:
-            events.append((CLOSE, (code, payload[2:].decode())))
-        except UnicodeDecodeError:
-            raise ProtocolError(1007, "close reason is not UTF-8") from None
-        self._end()
-        return True
+    def _check_size(self, more: int) -> None:
+        if self._size + more > self._max:
+            raise ProtocolError(1009, "message too long")
 
     def _payload(self, data: bytes, start: int, events: list[Event]) -> int:
         """Take what has arrived of a data frame's payload; return where it stops."""
@@ -785,23 +712,21 @@ class FrameReader:
         self._left -= size
         if part:
             part = unmask(part, self._mask)
-            turn = size & 3
-            self._mask = self._mask[turn:] + self._mask[:turn]
+            self._mask = (self._mask * 2)[size & 3:][:4]
             self._add(self._inflated(part) if self._compressed else part)
         if not self._left:
             self.unfinished = 0
-            if self._final:
-                if self._compressed:
-                    self._add(self._inflated(_DEFLATE_TAIL))
-                    if not self._inflater.eof:
-                        raise ProtocolError(1007, "deflate data cut short")
-                    self.more = True  # a chunk can hold hundreds of bombs: one message at a time
-                if self._opcode == TEXT:
-                    self._add(b"", final=True)
-                    events.append((TEXT, "".join(self._parts)))
-                else:
-                    events.append((BINARY, b"".join(self._parts)))
-                self._reset()
+        if not self._left and self._final:
+            if self._compressed:
+                self._add(self._inflated(_DEFLATE_TAIL))
+                if not self._inflater.eof:
+                    raise ProtocolError(1007, "deflate data cut short")
+                self.more = True  # a chunk can hold hundreds of bombs: one message at a time
+            if self._opcode == TEXT:
+                self._add(b"", final=True)
+            empty: Any = "" if self._opcode == TEXT else b""
+            events.append((self._opcode, empty.join(self._parts)))
+            self._reset()
         return start + size
 
     def _add(self, part: bytes, final: bool = False) -> None:
@@ -810,38 +735,45 @@ class FrameReader:
         if self._opcode == BINARY:
             self._parts.append(part)
             return
-        if self._decoder is None:
-            self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = self._decoder or codecs.getincrementaldecoder("utf-8")()
         try:
             self._parts.append(self._decoder.decode(part, final))
+            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
+            # (ED A0 to ED BF) only at their third.
+            rest = self._decoder.getstate()[0]
+            if rest[:1] == b"\xed" and rest[1:] > b"\x9f":
+                rest.decode()
         except UnicodeDecodeError:
             raise ProtocolError(1007, "text is not UTF-8") from None
-        # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates (ED
-        # A0 to ED BF) only at their third.
-        rest = self._decoder.getstate()[0]
-        if rest[:1] == b"\xed" and rest[1:] > b"\x9f":
-            raise ProtocolError(1007, "text is not UTF-8")
 
     def _inflated(self, part: bytes) -> bytes:
         """Inflate, but never past what the message may still grow by."""
         plain = b""
-        try:
-            while part:
-                if self._inflater is None or self._inflater.eof:
-                    # A final block may come before the message's end (RFC 7692, 7.2.3.4), but
-                    # thousands of them would take long.
-                    self._restarts += 1
-                    if self._restarts > _MAX_RESTARTS:
-                        raise ProtocolError(1007, "too many final blocks")
-                    self._inflater = zlib.decompressobj(-15)
-                room = self._max - self._size - len(plain)
-                plain += self._inflater.decompress(part, room + 1)
-                if len(plain) > self._max - self._size:
-                    raise ProtocolError(1009, "message too long")
-                part = self._inflater.unused_data
-        except zlib.error:
-            raise ProtocolError(1007, "bad deflate data") from None
+        while part:
+            if self._inflater is None or self._inflater.eof:
+                # A final block may come before the message's end (RFC 7692, 7.2.3.4).
+                self._inflater = zlib.decompressobj(-15)
+                self._final_blocks += 1
+            try:
+                plain += self._inflater.decompress(part, self._max - self._size - len(plain) + 1)
+            except zlib.error:
+                raise ProtocolError(1007, "bad deflate data") from None
+            self._check_size(len(plain))
+            if self._final_blocks > _MAX_FINAL_BLOCKS:
+                raise ProtocolError(1007, "too many final blocks")
+            part = self._inflater.unused_data
         return plain
+
+
+def _parse_close(payload: bytes) -> tuple[int, str]:
+    """A Close frame's code and reason (RFC 6455, 5.5.1); 1005 stands for none (7.1.5)."""
+    code = int.from_bytes(payload[:2], "big") if payload else 1005
+    if payload and (len(payload) == 1 or not is_wire_close_code(code)):
+        raise ProtocolError(1002, "bad close code")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(1007, "close reason is not UTF-8") from None
 
 
 def is_wire_close_code(code: int) -> bool:
@@ -855,14 +787,8 @@ def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes
     size = len(payload)
     if size < 126:
         return bytes((first, size)) + payload
-    if size < 65536:
-        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
-    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
-
-
-def encode_close(code: int, reason: str = "") -> bytes:
-    """A Close frame; 1005 stands for no code."""
-    return encode_frame(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode())
+    width = 2 if size < 65536 else 8
+    return bytes((first, 126 if width == 2 else 127)) + size.to_bytes(width, "big") + payload
 
 
 def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
@@ -890,6 +816,10 @@ def _refuse(text: str) -> Any:
 _decoder = json.JSONDecoder(
     parse_constant=_refuse, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
     lambda text: int(text) if len(text) <= 4300 else _refuse(text))
+_strict = functools.partial(json.JSONEncoder, ensure_ascii=False, allow_nan=False,
+                            separators=(",", ":"))
+_encoder = _strict()
+_quote = _encoder.encode
 
 
 def load_json(text: str) -> Any:
@@ -900,27 +830,18 @@ def load_json(text: str) -> Any:
         raise ValueError("JSON nested too deep") from None
 
 
-def _json_encoder(default: Callable[[Any], Any] | None = None) -> json.JSONEncoder:
-    return json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"),
-                            default=default)
-
-
-_encoder = _json_encoder()
-_quote = _encoder.encode
-
-
 def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     """JSON as JavaScript's own makes it: NaN and the infinities become null.
 
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
-    encoder = _encoder if default is None else _json_encoder(default)
+    encoder = _encoder if default is None else _strict(default=default)
+    known = encoder.default
     try:
         try:
             return encoder.encode(value)
         except ValueError:  # NaN, an infinity, or a circle: _finite() finds out
-            known = encoder.default
-            return _json_encoder(lambda other: _finite(known(other))).encode(_finite(value))
+            return _strict(default=lambda other: _finite(known(other))).encode(_finite(value))
     except RecursionError:
         raise ValueError("the payload is circular or nested too deep") from None
     except TypeError as error:
@@ -936,44 +857,41 @@ def _finite(value: Any) -> Any:
 
 
 class Push:
-    """A message to clients: checked once, and encoded once for each dialect and compression."""
+    """A message to clients: checked once, and encoded once for each dialect."""
 
-    __slots__ = ("_bodies", "_frames", "_opcode", "_settings")
+    __slots__ = ("_bodies", "_frames", "_opcode", "_threshold")
 
-    def __init__(self, settings: Config, channel: str, message: str | bytes, payload: Any = None,
-                 ) -> None:
-        """Raises TypeError or ValueError for what cannot be sent."""
-        self._settings = settings
-        self._frames: dict[tuple[bool, int], bytes] = {}
-        self._opcode = TEXT
-        if isinstance(message, str):
-            body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
-            if payload is not None:
-                body += f',"payload":{dump_json(payload, settings.json_default)}'
-            enveloped = (body + "}").encode()
-            # In the dialect without a subprotocol a plain string travels as it is.
-            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
-            self._opcode = BINARY
-            self._bodies = (bytes(message),) * 2
-        else:
+    def __init__(self, settings: Config, opcode: int, plain: bytes, enveloped: bytes) -> None:
+        """The body of the dialect without a subprotocol, and that of webchannels.v1.
+
+        Raises ValueError for what no client could be sent.
+        """
+        if len(enveloped) > settings.max_send_buffer:
+            raise ValueError(f"{len(enveloped):,} bytes are more than config.max_send_buffer")
+        self._opcode, self._bodies = opcode, (plain, enveloped)
+        self._threshold = settings.compression_threshold
+        self._frames: dict[Dialect, bytes] = {}
+
+    @classmethod
+    def of(cls, settings: Config, channel: str, message: str | bytes, payload: Any) -> Push:
+        """A push on a channel. Raises TypeError or ValueError for what cannot be sent."""
+        if isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+            return cls(settings, BINARY, bytes(message), bytes(message))
+        if not isinstance(message, str):
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
-        check_size(settings, self._bodies[1])
+        body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
+        if payload is None:  # a plain string travels as it is
+            return cls(settings, TEXT, message.encode(), f"{body}}}".encode())
+        body = f'{body},"payload":{dump_json(payload, settings.json_default)}}}'
+        return cls(settings, TEXT, body.encode(), body.encode())
 
-    def frame(self, dialect: tuple[bool, int]) -> bytes:
-        """The frame for clients of this dialect: (speaks webchannels.v1, deflate bits)."""
+    def frame(self, dialect: Dialect) -> bytes:
+        """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
         if frame is None:
             frame = self._frames[dialect] = encode_message(
-                self._opcode, self._bodies[dialect[0]], dialect[1],
-                self._settings.compression_threshold)
+                self._opcode, self._bodies[dialect[0]], dialect[1], self._threshold)
         return frame
-
-
-def check_size(settings: Config, body: bytes) -> None:
-    """Raises ValueError for what no client could be sent."""
-    if len(body) > settings.max_send_buffer:
-        raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
 
 
 # ------------------------------------------------------------------------------------ clients
@@ -983,7 +901,6 @@ _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading s
 _TURN = 256  # messages of one client handled in a row, before others have their turn
 _EMPTY = encode_frame(TEXT, b"")
 _PING = encode_frame(PING, b"")
-
 # What the handler that is running may ask for.
 _params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
@@ -998,7 +915,7 @@ def _on_loop(method: H) -> H:
             return method(self, *args, **kwargs)
         context = contextvars.copy_context()
         return app._call(lambda: context.run(method, self, *args, **kwargs))
-    return cast(H, call)
+    return call  # type: ignore[return-value]
 
 
 class ChannelClient(asyncio.Protocol):
@@ -1009,33 +926,32 @@ class ChannelClient(asyncio.Protocol):
     `.data`: a dict for the program's own use. `.connected`: bool.
     """
 
-    __slots__ = ("_app", "_behind", "_closing", "_corked", "_data", "_deadline", "_dialect",
-                 "_ended", "_frame_mark", "_frames", "_heard", "_held", "_pending", "_pinged",
-                 "_queue", "_queued", "_reading", "_since", "_task", "_transport", "_writer",
-                 "address", "channels", "connected", "id", "request")
+    __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
+                 "_frame_mark", "_frames", "_heard", "_held", "_pending", "_pinged", "_queue",
+                 "_queued", "_reading", "_since", "_task", "_transport", "_writer", "address",
+                 "channels", "connected", "data", "id", "request")
 
-    def __init__(self, app: WebChannels, request: Request, handshake: Handshake) -> None:
-        self._app = app
+    def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
+                 head: bytes) -> None:
+        self._app, self._dialect = app, dialect
         self.id = secrets.token_hex(8)
-        self.address = request.address
-        self.request = request
+        self.request, self.address = request, request.address
         self.channels: set[str] = set()
+        self.data: dict[Any, Any] = {}
         self.connected = False
-        self._data: dict[Any, Any] | None = None
-        self._dialect = (handshake.v1, handshake.deflate_bits)
-        self._frames = FrameReader(app.config.max_message_size, handshake.deflate_bits > 0)
         self._transport: Any = None  # an asyncio.Transport, once the handshake is over
         # Incoming: events that wait for the handler before them.
+        self._frames = FrameReader(app.config.max_message_size, inflate=dialect[1] > 0)
         self._pending: collections.deque[Event] = collections.deque()
         self._task: asyncio.Future[None] | None = None  # the handler that is awaited
         self._held = 0  # bytes that arrived meanwhile
         self._reading = True
         # Outgoing: frames stay here while messages are handled (they are then written at once),
-        # and while the transport is full (here they can be counted).
-        self._queue: list[bytes] = []
+        # and while the transport is full (here they can be counted), or not there yet.
+        self._queue: list[bytes] = [head]
         self._queued = 0
         self._corked = False
-        self._behind = True  # until the transport is there
+        self._behind = True
         # Life and death. The sweep looks at these.
         self._heard = True
         self._since = 0.0  # when the sweep last found that something had been heard
@@ -1049,16 +965,9 @@ class ChannelClient(asyncio.Protocol):
         return (f"<ChannelClient {self.id} {self.address} "
                 f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
 
-    @property
-    def data(self) -> dict[Any, Any]:
-        """A dict for the program's own use."""
-        if self._data is None:
-            self._data = {}
-        return self._data
-
     @_on_loop
-    def send(self, message: str | bytes, payload: Any = None, *, channel: str | None = None,
-             ) -> bool:
+    def send(self, message: str | bytes, payload: Any = None, *,
+             channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone. From any thread.
 
         `channel` is the one that the page sees: by default that of the message being handled, or
@@ -1068,7 +977,7 @@ class ChannelClient(asyncio.Protocol):
         if channel is None and given.get("client") is self:
             channel = given.get("channel")
         settings = self._app.config
-        push = Push(settings, channel or settings.default_channel, message, payload)
+        push = Push.of(settings, channel or settings.default_channel, message, payload)
         return (self.connected or not self._transport) and self._push(push)
 
     @_on_loop
@@ -1082,13 +991,14 @@ class ChannelClient(asyncio.Protocol):
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
         self._close(code, reason)
 
-    def _attach(self, writer: asyncio.StreamWriter, head: bytes) -> None:
+    def _attach(self, writer: asyncio.StreamWriter) -> None:
         """Take over the connection: from now on its bytes are frames."""
+        self._app._sockets.add(self)
+        self._app._clients[self] = None
         self._writer = writer  # its finaliser would close the transport
         self._transport = writer.transport
         self._transport.set_protocol(self)
         self.connected = True
-        self._queue.insert(0, head)
         self.resume_writing()
         self._transport.resume_reading()
 
@@ -1117,8 +1027,8 @@ class ChannelClient(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The peer sends no more; what it asked for before is still answered."""
         self._ended = True
-        self._set_deadline()
         self._leave()
+        self._set_deadline()
         return bool((self._task or self._pending) and self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -1145,8 +1055,7 @@ class ChannelClient(asyncio.Protocol):
         if self._corked:
             return
         self._corked = True
-        pending = self._pending
-        turns = 0
+        pending, turns = self._pending, 0
         try:
             while pending and not self._task and not self._behind:
                 if turns == _TURN:
@@ -1181,22 +1090,20 @@ class ChannelClient(asyncio.Protocol):
             self._reading = True
             self._transport.resume_reading()
 
-    def _await(self, answer: Any) -> None:
+    def _await(self, answer: Coroutine[Any, Any, None]) -> None:
         """Run a handler's coroutine; the messages behind it wait."""
+        def done(task: asyncio.Future[None]) -> None:
+            self._task = None
+            self._work()
         self._task = asyncio.ensure_future(answer)
-        self._task.add_done_callback(self._awaited)
-
-    def _awaited(self, task: asyncio.Future[None]) -> None:
-        self._task = None
-        self._work()
+        self._task.add_done_callback(done)
 
     # What is sent.
 
     def _push(self, push: Push) -> bool:
-        if self._closing:
-            return False
-        self._write(push.frame(self._dialect))
-        return True
+        if not self._closing:
+            self._write(push.frame(self._dialect))
+        return not self._closing
 
     def _write(self, frame: bytes) -> None:
         self._queue.append(frame)
@@ -1205,18 +1112,16 @@ class ChannelClient(asyncio.Protocol):
             self._flush()
 
     def _flush(self) -> None:
+        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
+            return
+        data = b"".join(self._queue)
+        self._queue.clear()
+        self._queued = 0
         if self._behind:
-            if self._queued > self._app.config.max_send_buffer and not self._closing:
-                logger.warning("%r is more than config.max_send_buffer behind: closed", self)
-                self._queue.clear()
-                self._queued = 0
-                self._close(1013, "too slow")
-        elif self._queue:
-            data = b"".join(self._queue)
-            self._queue.clear()
-            self._queued = 0
-            if not self._transport.is_closing():
-                self._transport.write(data)
+            logger.warning("%r is more than config.max_send_buffer behind: closed", self)
+            self._close(1013, "too slow")
+        elif data and not self._transport.is_closing():
+            self._transport.write(data)
 
     # The end.
 
@@ -1226,10 +1131,11 @@ class ChannelClient(asyncio.Protocol):
             self._app._left(self)
 
     def _close(self, code: int, reason: str) -> None:
-        """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts who does not answer."""
+        """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts the deaf."""
         if not self._closing:
             self._closing = True
-            self._write(encode_close(code, reason))
+            payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
+            self._write(encode_frame(CLOSE, payload))
             self._set_deadline()
         self._leave()
 
@@ -1267,24 +1173,20 @@ class ChannelClient(asyncio.Protocol):
         if self._heard or self._task and not self._reading:
             self._heard = self._pinged = False
             self._since = now
-        frames = self._frames
-        if not frames.unfinished or not self._reading:
-            self._frame_mark = (0, now)
-        elif self._frame_mark[0] != frames.frames + 1:
-            self._frame_mark = (frames.frames + 1, now)
         silent = now - self._since
+        size, mark = self._frames.unfinished, self._frames.frames + 1
+        if not size or not self._reading or self._frame_mark[0] != mark:
+            self._frame_mark = (mark if size and self._reading else 0, now)
         if self._deadline:
             if now >= self._deadline:
                 self._abort("it did not close in time")
-        elif self._frame_mark[0] and now - self._frame_mark[1] > allowance(settings,
-                                                                           frames.unfinished):
+        elif now - self._frame_mark[1] > allowance(settings, size):
             self._close(1008, "frame not finished in time")
-        elif settings.ping_interval and silent >= settings.ping_interval:
-            if not self._pinged:
-                self._pinged = True
-                self._write(_PING)
-            elif silent >= settings.ping_interval + settings.ping_timeout:
-                self._abort("no answer to a ping")
+        elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
+            self._abort("no answer to a ping")
+        elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
+            self._pinged = True
+            self._write(_PING)
 
 
 def allowance(settings: Config, size: int) -> float:
@@ -1298,33 +1200,7 @@ _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremar
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
-
-
-class _Connection:
-    """An HTTP connection; the sweep looks at its deadline."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter,
-                 settings: Config) -> None:
-        self.reader = reader
-        self.writer = writer
-        self.transport: Any = writer.transport
-        peer = writer.get_extra_info("peername")
-        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self.requests = RequestReader(settings.max_header_size, settings.max_body_size)
-        self.task = asyncio.current_task()
-        self.deadline = math.inf
-        self.idle = True
-        self.timed_out = False
-
-    def expire(self) -> None:
-        """The deadline is past: wake its reader; cut it off if it does not read itself."""
-        self.deadline = math.inf
-        if self.timed_out or self.transport.get_write_buffer_size():
-            self.transport.abort()
-        else:
-            self.timed_out = True
-            self.transport.pause_reading()  # nothing may follow the end
-            self.reader.feed_eof()
+Clients = Union[ChannelClient, Iterable[ChannelClient]]
 
 
 class _Origin:
@@ -1336,7 +1212,7 @@ class _Origin:
         self.client = client
         self.raw = True  # not an envelope
         self.channel = self.message = ""
-        self.ref: int | float | None = None
+        self.ref: Any = None
 
     def read(self, data: str | bytes) -> Any:
         """Take the fields of an envelope and return its payload; what is none is the payload.
@@ -1355,7 +1231,7 @@ class _Origin:
             return data
         self.raw = False
         channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
-        if type(ref) in (int, float) and abs(ref) <= 2 ** 53:
+        if ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53:
             self.ref = ref
         # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
         if (type(channel) is not str or type(message) is not str or "/" in message
@@ -1366,43 +1242,39 @@ class _Origin:
 
     def reply(self, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
-        v1, bits = self.client._dialect
+        dialect = self.client._dialect
         settings = self.client._app.config
-        opcode = TEXT
         if isinstance(result, (bytes, bytearray, memoryview)):
-            opcode, body = BINARY, bytes(result)
-        elif v1 and self.ref is not None:
-            body = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'.encode()
+            push = Push.of(settings, "", bytes(result), None)
+        elif dialect[0] and self.ref is not None:
+            text = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'
+            push = Push(settings, TEXT, b"", text.encode())
         elif result is None:
             return
-        elif self.raw and not v1 or isinstance(result, str) and not v1:
-            text = result if isinstance(result, str) else dump_json(result, settings.json_default)
-            body = text.encode()
+        elif self.raw and not dialect[0] and not isinstance(result, str):
+            body = dump_json(result, settings.json_default).encode()
+            push = Push(settings, TEXT, body, body)
         else:
-            given = (result,) if isinstance(result, str) else (self.message, result)
-            push = Push(settings, self.channel or settings.default_channel, *given)
-            self.client._write(push.frame((v1, bits)))
-            return
-        check_size(settings, body)
-        self.client._write(encode_message(opcode, body, bits, settings.compression_threshold))
+            message, payload = (result, None) if isinstance(result, str) else (self.message, result)
+            push = Push.of(settings, self.channel or settings.default_channel, message, payload)
+        self.client._write(push.frame(dialect))
 
     def fail(self, error: BaseException) -> None:
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
         path = f"/{self.channel}/{self.message}"
+        text = "ERROR : 500 - Internal error"
         if isinstance(error, ChannelError):
             text = str(error)
         elif isinstance(error, HTTPError):
             text = f"ERROR : {error.status} - {error.text}"
             logger.info("%r: %s: %s", self.client, path, text)
+        elif isinstance(error, asyncio.CancelledError):
+            logger.error("the handler of %s was cancelled", path)
         else:
-            text = "ERROR : 500 - Internal error"
-            cancelled = isinstance(error, asyncio.CancelledError)
-            logger.error("the handler of %s %s", path, "was cancelled" if cancelled else "failed",
-                         exc_info=None if cancelled else error)
+            logger.error("the handler of %s failed", path, exc_info=error)
         if self.client._dialect[0]:
-            about = ({"channel": self.channel, "message": self.message} if self.ref is None
-                     else {"ref": self.ref})
-            text = _quote({"error": text, **about})
+            about = {"channel": self.channel, "message": self.message}
+            text = _quote({"error": text, **(about if self.ref is None else {"ref": self.ref})})
         self.client._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
 
 
@@ -1415,22 +1287,19 @@ class WebChannels:
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
-        self._routes = Router()
-        self._channels = Router()
+        self._routes, self._channels = Router(), Router()
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: dict[str, Endpoint] = {}
         self._on_disconnect: dict[str, Endpoint] = {}
-        self._lock = threading.RLock()
         self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
-        self._done = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock, self._done = threading.RLock(), threading.Event()
         self._reset()
         _apps.add(self)
 
     def _reset(self) -> None:
         """Forget what belongs to one time of serving."""
-        self.url = ""  # where it serves, such as "http://127.0.0.1:8000"
-        self.port = 0
+        self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
         self._stop: asyncio.Event | None = None
         self._stopping = False
@@ -1438,7 +1307,8 @@ class WebChannels:
         self._local_only = False
         self._listening: Sequence[Any] = ()
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-        self._connections: set[_Connection] = set()  # of HTTP
+        self._http: dict[asyncio.Task[None], bool] = {}  # HTTP connections: is it idle?
+        self._writers: set[asyncio.StreamWriter] = set()  # theirs
         self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
         self._clients: dict[ChannelClient, None] = {}  # that are connected
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
@@ -1517,8 +1387,6 @@ class WebChannels:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
         return given if key is None else given.get(key, default)
 
-    # The page.
-
     def channels_script(self) -> str:
         """The browser client, as bare JavaScript."""
         return CHANNELS_JS
@@ -1538,17 +1406,16 @@ class WebChannels:
             raise ValueError(f"not a channel's name: {channel!r}")
         self._open.add(channel)
         base = self.config.base_path.rstrip("/")
-        attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path}
-        if nonce is not None:
-            attributes["nonce"] = nonce
-        if src is not None:
-            attributes["src"] = src
-            if src.startswith("/") and not src.startswith("//"):
-                attributes["src"] = base + src
-                if self._routes.find(src.partition("?")[0]) is None:
-                    self.route(src.partition("?")[0], lambda: Response(
-                        CHANNELS_JS, content_type="text/javascript; charset=utf-8"))
-        text = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items())
+        attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path,
+                      "nonce": nonce, "src": src}
+        if src and src.startswith("/") and not src.startswith("//"):
+            attributes["src"] = base + src
+            path = src.partition("?")[0]
+            if self._routes.find(path) is None:
+                kind = "text/javascript; charset=utf-8"
+                self.route(path, lambda: Response(CHANNELS_JS, content_type=kind))
+        text = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items()
+                       if value is not None)
         return f"<script{text}>{CHANNELS_JS if src is None else ''}</script>"
 
     # The registry.
@@ -1562,8 +1429,9 @@ class WebChannels:
         or ValueError for what cannot be sent, before anything is sent.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
-        pushes = [(name, Push(self.config, name, message, payload)) for name in names]
-        without, among = _set_of(exclude), _set_of(only)
+        pushes = [(name, Push.of(self.config, name, message, payload)) for name in names]
+        without, among = [{given} if isinstance(given, ChannelClient) else set(given or ())
+                          for given in (exclude, only)]
         there = False
         for name, push in pushes:
             for client in list(self._subscribers.get(name, ())):
@@ -1628,36 +1496,32 @@ class WebChannels:
 
     def _left(self, client: ChannelClient) -> None:
         """The client has just gone."""
+        async def notify(endpoint: Endpoint) -> None:
+            try:
+                await self._invoke(endpoint, {"client": client, "request": client.request})
+            except Exception:
+                logger.exception("%s failed for %r", endpoint.name, client)
+
         self._clients.pop(client, None)
         for channel in client.channels:
             self._drop(client, channel)
         self._left_at[client] = self._now()
         for endpoint in self._on_disconnect.values():
-            self._soon(self._notify, endpoint, client)
-
-    def _notify(self, endpoint: Endpoint, client: ChannelClient) -> None:
-        async def run() -> None:
-            try:
-                await self._invoke(endpoint, {"client": client, "request": client.request})
-            except Exception:
-                logger.exception("%s failed for %r", endpoint.name, client)
-        task = asyncio.ensure_future(run())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            task = asyncio.ensure_future(notify(endpoint))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     # Calling handlers.
 
     def _start(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
-        """Call a handler; what comes back may have to be awaited."""
+        """Call a handler; what comes back is its result, or a future of it."""
         token = _params.set(given)
         try:
             if endpoint.threaded:
-                if self._executor is None:
-                    self._executor = concurrent.futures.ThreadPoolExecutor(
-                        thread_name_prefix="webchannels")
-                run = contextvars.copy_context().run
+                self._executor = self._executor or concurrent.futures.ThreadPoolExecutor(
+                    thread_name_prefix="webchannels")
                 return asyncio.get_running_loop().run_in_executor(
-                    self._executor, run, endpoint, given)
+                    self._executor, contextvars.copy_context().run, endpoint, given)
             begun = time.perf_counter()
             result = endpoint(given)
             held = time.perf_counter() - begun
@@ -1676,11 +1540,18 @@ class WebChannels:
 
     def _message(self, client: ChannelClient, data: str | bytes) -> None:
         """Handle a message; never raises for what it or its handler does."""
+        async def reply_later(result: asyncio.Future[Any]) -> None:
+            try:
+                origin.reply(await result)
+            except (Exception, asyncio.CancelledError) as error:
+                result.cancel()
+                origin.fail(error)
+
         origin = _Origin(client)
         try:
             payload = origin.read(data)
-            path = "/" if origin.raw else f"/{origin.channel}/{origin.message}"
-            found = self._channels.find(path)
+            found = self._channels.find("/" if origin.raw else
+                                        f"/{origin.channel}/{origin.message}")
             if found is None:
                 if data != "":  # a keep-alive
                     origin.reply(self._default(client, origin.channel, origin.message))
@@ -1692,18 +1563,9 @@ class WebChannels:
                 given = {**dict(zip(endpoint.path_names, found[1])), **given}
             result = self._start(endpoint, given)
             if isinstance(result, asyncio.Future):
-                client._await(self._reply_later(origin, result))
+                client._await(reply_later(result))
             else:
                 origin.reply(result)
-        except Exception as error:
-            origin.fail(error)
-
-    async def _reply_later(self, origin: _Origin, result: asyncio.Future[Any]) -> None:
-        try:
-            origin.reply(await result)
-        except asyncio.CancelledError as error:
-            result.cancel()
-            origin.fail(error)
         except Exception as error:
             origin.fail(error)
 
@@ -1721,117 +1583,97 @@ class WebChannels:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection, from its first byte to its end or its upgrade."""
-        connection = _Connection(reader, writer, self.config)
-        self._connections.add(connection)
-        upgraded = False
+        settings = self.config
+        requests = RequestReader(settings.max_header_size, settings.max_body_size)
+        peer = writer.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        task: Any = asyncio.current_task()
+        self._http[task] = True
+        self._writers.add(writer)
+        client: ChannelClient | None = None
         try:
-            if len(self._connections) > self.config.max_clients:
+            if len(self._http) > settings.max_clients:
                 raise HTTPError(503, headers={"Retry-After": "5"})
-            upgraded = await self._converse(connection)
-        except HTTPError as error:
-            logger.warning("bad request from %s: %s", connection.address, error)
-            writer.write(error.response().encode(connection="close"))
-            if writer.can_write_eof():  # and read on: a reset could take the answer from the peer
+            keep_alive = True
+            while keep_alive and client is None:
+                request = await self._next_request(requests, reader, writer)
+                if request is None:
+                    return
+                request.address = address
+                answer: Any = await self._answer(request)
+                if isinstance(answer, ChannelClient):
+                    client = answer
+                    continue
+                keep_alive = not (request.http_1_0 or self._stopping
+                                  or "close" in request.members("connection"))  # RFC 9112, 9.3
+                writer.write(answer.encode(request.method == "HEAD", not keep_alive))
+                if writer.transport.get_write_buffer_size():
+                    await asyncio.wait_for(writer.drain(), settings.keep_alive_timeout)
+            if client is not None:
+                client._attach(writer)
+                reader.feed_eof()  # what arrived behind the request is the client's already
+                client.data_received(bytes(requests.buffer) + await reader.read())
+        except HTTPError as error:  # nothing more can be read
+            logger.warning("bad request from %s: %s", address, error)
+            writer.write(error.response().encode(close=True))
+            if writer.can_write_eof():  # read on for a while: a reset could overtake the answer
                 writer.write_eof()
-                connection.deadline = self._now() + _LINGER
-                with contextlib.suppress(OSError):
-                    while await reader.read(65536):
-                        pass
-        except OSError:
-            logger.debug("%s is gone", connection.address)
+                with contextlib.suppress(OSError, asyncio.TimeoutError):
+                    await asyncio.wait_for(_read_on(reader), _LINGER)
+        except (OSError, asyncio.TimeoutError, asyncio.CancelledError) as gone:
+            logger.debug("connection from %s ended: %r", address, gone)
+            writer.transport.abort()
         finally:
-            self._connections.discard(connection)
-            if not upgraded:
+            del self._http[task]
+            self._writers.discard(writer)
+            if client is None:
                 writer.close()
 
-    async def _converse(self, connection: _Connection) -> bool:
-        """Answer requests until the connection ends; True: it is a WebSocket now.
-
-        Raises HTTPError for a request after which nothing more can be read, OSError.
-        """
-        writer = connection.writer
-        keep_alive = True
-        while keep_alive:
-            request = await self._next_request(connection)
-            if request is None:
-                break
-            connection.deadline = math.inf
-            response: Response | None
-            if "websocket" in _members(request.headers.get("upgrade", "")):
-                response = await self._upgrade(connection, request)
-                if response is None:
-                    return True
-            else:
-                response = await self._answer(request)
-            keep_alive = request.keep_alive and not self._stopping
-            writer.write(response.encode(request.method == "HEAD", "close" if not keep_alive else
-                                         "keep-alive" if request.http_1_0 else ""))
-            if connection.transport.get_write_buffer_size():
-                connection.deadline = self._now() + self.config.keep_alive_timeout
-                await writer.drain()
-        return False
-
-    async def _next_request(self, connection: _Connection) -> Request | None:
+    async def _next_request(self, requests: RequestReader, reader: asyncio.StreamReader,
+                            writer: asyncio.StreamWriter) -> Request | None:
         """The next request; None at the connection's end. Raises HTTPError for a bad one."""
-        requests = connection.requests
+        task: Any = asyncio.current_task()
         begun = 0.0
         while True:
             request = requests.next()
-            connection.idle = request is None and not requests.begun
-            if request is not None:
-                request.address = connection.address
+            self._http[task] = idle = request is None and not requests.begun
+            if request is not None or idle and self._stopping:
                 return request
             if requests.expects_continue:
-                connection.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 requests.expects_continue = False
-            now = self._now()
-            if not connection.idle:
-                begun = begun or now
-                connection.deadline = begun + allowance(self.config, len(requests.buffer))
-            elif self._stopping:
-                return None
-            else:
-                connection.deadline = now + self.config.keep_alive_timeout
-            data = await connection.reader.read(65536)
-            if connection.timed_out and requests.begun:
-                raise HTTPError(408)
+            timeout = self.config.keep_alive_timeout
+            if not idle:
+                begun = begun or self._now()
+                timeout = begun + allowance(self.config, len(requests.buffer)) - self._now()
+            try:
+                data = await asyncio.wait_for(reader.read(65536), timeout)
+            except asyncio.TimeoutError:
+                if not idle:
+                    raise HTTPError(408) from None
+                data = b""
             if not data:
                 return None
             requests.receive(data)
 
-    async def _answer(self, request: Request) -> Response:
-        """The answer to a request; never raises for what it or its handler does."""
+    async def _answer(self, request: Request) -> Response | ChannelClient:
+        """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
+            if "websocket" in request.members("upgrade"):
+                return await self._upgrade(request)
             if request.method not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(request)
-            found = self._find_route(request)
-            if isinstance(found, Response):
-                return found
-            endpoint, given = found
-            given = {**request.params(), **given, "request": request}
-            for name in endpoint.required:
-                if name not in given:
-                    raise HTTPError(400, f"The parameter {name} is missing")
-            result = self._start(endpoint, given)
-            if isinstance(result, asyncio.Future):
-                result = await result
-            if isinstance(result, Response):
-                return result
-            if result is None:
-                return Response(status=204)
-            if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
-                return Response(result, json_default=self.config.json_default)
-            raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
-                            "str, bytes, dict, list, Response or None")
+            return await self._respond(request)
         except HTTPError as error:
+            logger.info("%r: %s", request, error)
             return error.response()
         except Exception:
-            logger.exception("%s %s failed", request.method, request.path)
+            logger.exception("%r failed", request)
             return HTTPError(500).response()
 
-    def _find_route(self, request: Request) -> Response | tuple[Endpoint, dict[str, Any]]:
-        """The endpoint and its parameters, or the answer to OPTIONS. Raises HTTPError."""
+    async def _respond(self, request: Request) -> Response:
+        """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
         method = request.method
         try:
             found = self._routes.find(request.path, decode=True)
@@ -1839,27 +1681,49 @@ class WebChannels:
             raise HTTPError(400, "The path is not UTF-8") from None
         endpoints, values = found or ({}, ())
         endpoint = endpoints.get(method) or endpoints.get("GET" if method == "HEAD" else "")
-        if endpoint is not None:
-            return endpoint, dict(zip(endpoint.path_names, values))
-        known = {"OPTIONS", *endpoints, *(["HEAD"] if "GET" in endpoints else [])}
-        allow = {"Allow": ", ".join(sorted(METHODS if request.path == "*" else known))}
-        if method == "OPTIONS" and (endpoints or request.path == "*"):
-            return Response(status=204, headers=allow)
-        if method not in METHODS:
-            raise HTTPError(501)
-        raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
+        if endpoint is None:
+            known = {"OPTIONS", *endpoints, *(["HEAD"] if "GET" in endpoints else [])}
+            allow = {"Allow": ", ".join(sorted(METHODS if request.path == "*" else known))}
+            if method == "OPTIONS" and (endpoints or request.path == "*"):
+                return Response(status=204, headers=allow)
+            if method not in METHODS:
+                raise HTTPError(501)
+            raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
+        given = {**request.params(), **dict(zip(endpoint.path_names, values)), "request": request}
+        for name in endpoint.required:
+            if name not in given:
+                raise HTTPError(400, f"The parameter {name} is missing")
+        result = await self._invoke(endpoint, given)
+        if result is None:
+            return Response(status=204)
+        if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
+            return Response(result, json_default=self.config.json_default)
+        if not isinstance(result, Response):
+            raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
+                            "str, bytes, dict, list, Response or None")
+        return result
+
+    async def _upgrade(self, request: Request) -> ChannelClient:
+        """The client that the connection becomes. Raises HTTPError, or what a handler raises."""
+        if not self.config.websockets_server or request.path != self.config.websockets_path:
+            raise HTTPError(404)
+        head, dialect = accept_handshake(request, self.config.compression)
+        self._check_origin(request)
+        client = ChannelClient(self, request, dialect, head)
+        for endpoint in list(self._on_connect.values()):
+            await self._invoke(endpoint, {"client": client, "request": request})
+        if len(self._sockets) >= self.config.max_clients or self._stopping:
+            raise HTTPError(503, headers={"Retry-After": "5"})
+        return client
 
     def _check_host(self, request: Request) -> None:
         """Is this server meant (DNS rebinding)? Raises HTTPError 403."""
         host = request.headers.get("host", "localhost").lower()
+        name = re.sub(":[0-9]+$", "", host)
         allowed = self.config.allowed_hosts
-        if allowed is None:
-            good = not self._local_only or is_loopback(host)
-        else:
-            name = host if host.endswith("]") else host.rpartition(":")[0] or host
-            good = any(each.lower() in (host, name, "*") for each in allowed)
-        if not good:
-            raise _refusal("Host", host, "config.allowed_hosts")
+        if not (any(each.lower() in (name, host, "*") for each in allowed) if allowed is not None
+                else is_loopback(name) or not self._local_only):
+            raise HTTPError(403, f"Host {host!r} is not allowed: see config.allowed_hosts")
 
     def _check_origin(self, request: Request) -> None:
         """Does this come from an allowed page (RFC 6455, 10.2)? Raises HTTPError 403.
@@ -1868,56 +1732,25 @@ class WebChannels:
         """
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
-        if text is None or allowed == "*":
-            return
         if allowed is None:
-            allowed = f"{self.url.partition(':')[0]}://{request.headers.get('host')}"
-        origins = [allowed] if isinstance(allowed, str) else allowed
-        origin = parse_origin(text)
-        if origin is None or origin not in map(parse_origin, origins):
-            raise _refusal("Origin", text, "config.allowed_origins")
-
-    async def _upgrade(self, connection: _Connection, request: Request) -> Response | None:
-        """Make the connection a WebSocket; or return the refusal."""
-        try:
-            self._check_host(request)
-            if not self.config.websockets_server or request.path != self.config.websockets_path:
-                raise HTTPError(404)
-            handshake = accept_handshake(request, self.config.compression)
-            self._check_origin(request)
-            if len(self._sockets) >= self.config.max_clients:
-                raise HTTPError(503, headers={"Retry-After": "5"})
-            client = ChannelClient(self, request, handshake)
-            for endpoint in list(self._on_connect.values()):
-                await self._invoke(endpoint, {"client": client, "request": request})
-            if self._stopping:
-                raise HTTPError(503, headers={"Retry-After": "1"})
-        except HTTPError as error:
-            logger.info("handshake from %s refused: %s", connection.address, error)
-            return error.response()
-        except Exception:
-            logger.exception("on_connect failed")
-            return HTTPError(500).response()
-        self._sockets.add(client)
-        self._clients[client] = None
-        client._attach(connection.writer, handshake.head)
-        # What arrived behind the request is the client's already.
-        connection.reader.feed_eof()
-        client.data_received(bytes(connection.requests.buffer) + await connection.reader.read())
-        return None
+            allowed = [f"{self.url.partition(':')[0]}://{request.headers.get('host')}"]
+        if text is not None and allowed != "*":
+            origin = parse_origin(text)
+            if origin is None or origin not in map(parse_origin, allowed):
+                raise HTTPError(403, f"Origin {text!r} is not allowed: see config.allowed_origins")
 
     # Start and stop.
 
     def up(self, port: int | None = None, host: str | None = None, *, block: bool | None = None,
            ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
            reuse_port: bool = False, open_browser: bool = False) -> str:
-        """Serve, and return the address, such as "http://127.0.0.1:8000".
+        """Serve from a background thread; return the address, such as "http://127.0.0.1:8000".
 
-        In a script it blocks until Ctrl+C or SIGTERM; in a REPL or notebook it serves from a
-        background thread and returns at once; `block` overrides. `port` and `host` are those of
-        `config` by default; port 0 picks a free one; `sock` is a listening socket instead of
-        both. `ssl` is a context with a certificate. `reuse_port` lets several processes share
-        the port. Raises OSError for a port that cannot be had, RuntimeError if it serves already.
+        In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
+        at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
+        picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
+        certificate. `reuse_port` lets several processes share the port. Raises OSError for a port
+        that cannot be had, RuntimeError if the app serves already.
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
         serving = self._serve(ready, port, host, ssl, sock, reuse_port)
@@ -1927,7 +1760,8 @@ class WebChannels:
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if not _interactive() if block is None else block:
-            if threading.current_thread() is threading.main_thread():
+            on_main = threading.current_thread() is threading.main_thread()
+            if on_main:
                 previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
@@ -1937,7 +1771,7 @@ class WebChannels:
                 with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
                     self.down()
             finally:
-                if threading.current_thread() is threading.main_thread():
+                if on_main:
                     signal.signal(signal.SIGTERM, previous)
         return url
 
@@ -1984,25 +1818,21 @@ class WebChannels:
             if not hasattr(socket, "SO_REUSEPORT"):
                 raise ValueError("this system cannot share a port: serve without reuse_port")
             where["reuse_port"] = True
-        if ssl:
-            where["ssl"] = ssl
         try:
-            server = await asyncio.start_server(self._accept, backlog=1024, **where)
+            server = await asyncio.start_server(self._accept, backlog=1024, ssl=ssl, **where)
         except OSError as error:
+            hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
-                raise OSError(error.errno, f"port {port} on {host} is taken: stop what has it, or "
-                              f"choose another: up({port + 1}), or a free one: up(0)") from None
-            raise OSError(error.errno, f"cannot serve on port {port} of {host}: {error}") from None
+                hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
+                        f"up({port + 1}), or a free one: up(0)")
+            raise OSError(error.errno, hint) from None
         self._listening = server.sockets
-        names = [listening.getsockname() for listening in server.sockets]
+        names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
-        if isinstance(names[0], tuple):
-            address, self.port = names[0][:2]
-            shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(address, address)
-            shown = f"[{shown}]" if ":" in str(shown) else shown
-            self.url = f"{'https' if ssl else 'http'}://{shown}:{self.port}"
-        else:
-            self.url = f"{'https' if ssl else 'http'}+unix:{names[0]}"
+        address, self.port = names[0][:2] if isinstance(names[0], tuple) else (names[0], 0)
+        shown = "localhost" if address in ("0.0.0.0", "::") else address
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"{'https' if ssl else 'http'}://{shown}:{self.port}"
         return server
 
     def down(self) -> None:
@@ -2022,22 +1852,20 @@ class WebChannels:
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
-        for connection in self._connections:
-            if connection.idle:
-                connection.writer.close()
+        for task, idle in self._http.items():
+            if idle:
+                task.cancel()
         for client in list(self._sockets):
             client._shut()
         end = self._now() + self.config.shutdown_timeout
-        while (self._connections or self._sockets or self._tasks) and self._now() < end:
+        while (self._http or self._sockets or self._tasks) and self._now() < end:
             await asyncio.sleep(0.01)
-        tasks = [*self._tasks, *[each.task for each in self._connections if each.task],
-                 *[each._task for each in self._sockets if each._task]]
+        tasks: list[Any] = [*self._tasks, *self._http,
+                            *[each._task for each in self._sockets if each._task]]
         if tasks:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
             client._abort("the server goes down")
-        for connection in self._connections:
-            connection.transport.abort()
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
@@ -2045,24 +1873,21 @@ class WebChannels:
             self._executor.shutdown(wait=False)
 
     async def _sweep(self) -> None:
-        """One timer for all: deadlines, pings, and those that left long ago."""
+        """One timer for all clients: deadlines, pings, and those that left long ago."""
         while True:
             settings = self.config
-            times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
-                     settings.ping_interval or 4, settings.disconnected_ttl, 4)
+            times = (settings.handshake_timeout, settings.ping_timeout, settings.disconnected_ttl,
+                     settings.ping_interval or 4, 4)
             await asyncio.sleep(max(min(times) / 4, 0.02))
             now = self._now()
             for client in list(self._sockets):
                 client._check(now, settings)
-            for connection in list(self._connections):
-                if now >= connection.deadline:
-                    connection.expire()
             for client, left in list(self._left_at.items()):
                 if now - left >= settings.disconnected_ttl:
                     del self._left_at[client]
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """asyncio tells of each of many failed accepts, with a traceback; once in a while will do."""
+        """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
@@ -2070,7 +1895,7 @@ class WebChannels:
             self._warned = self._now()
             logger.warning("%s: accepting pauses", error.strerror)
 
-    # Threads.
+    # Threads and forks.
 
     def _now(self) -> float:
         return self._loop.time() if self._loop else 0.0
@@ -2079,9 +1904,9 @@ class WebChannels:
         if self._loop:
             self._loop.call_soon(call, *values)
 
-    def _call(self, call: Callable[[], T]) -> T:
+    def _call(self, call: Callable[[], Any]) -> Any:
         """Run `call` in the loop's thread, and wait for it; if there is none, here."""
-        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
             if self._loop is None:
                 return call()
@@ -2103,40 +1928,28 @@ class WebChannels:
         Open copies would keep them alive. They are replaced by the null device: closing them
         would free numbers that objects still take for theirs.
         """
-        transports = [client._transport for client in self._sockets]
-        transports += [connection.transport for connection in self._connections]
+        writers = [*self._writers, *(client._writer for client in self._sockets)]
         with open(os.devnull) as null:
-            for each in [*self._listening, *(at.get_extra_info("socket") for at in transports)]:
+            for each in [*self._listening, *(at.get_extra_info("socket") for at in writers)]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
-        self._loop = None
         self._lock = threading.RLock()
         self._calls.clear()
         self._reset()
 
 
-Clients = Union[ChannelClient, Iterable[ChannelClient]]
-
-
-def _set_of(clients: Clients | None) -> set[ChannelClient]:
-    return {clients} if isinstance(clients, ChannelClient) else set(clients or ())
-
-
-def _refusal(name: str, value: str, setting: str) -> HTTPError:
-    return HTTPError(403, f"{name} {value!r} is not allowed. If it should be, add it to {setting}.")
+async def _read_on(reader: asyncio.StreamReader) -> None:
+    while await reader.read(65536):
+        pass
 
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Does this Host or address, with a port or without, name the machine itself?"""
-    match = _HOST.fullmatch(host)
-    name = (match[1] if match else host.partition("%")[0]).strip("[]")
-    if name == "localhost" or name.endswith(".localhost"):  # RFC 6761, 6.3
-        return True
+    """Does this name or address mean the machine itself?"""
     try:
-        return ipaddress.ip_address(name).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return False
+        return host == "localhost" or host.endswith(".localhost")  # RFC 6761, 6.3
 
 
 @functools.lru_cache(maxsize=256)
@@ -2168,41 +1981,29 @@ def _run(serving: Coroutine[Any, Any, None], ready: concurrent.futures.Future[st
         ready.set_exception(error)
 
 
-_apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
-
-
 def _each_app(method: Callable[[WebChannels], None]) -> None:
     for each in list(_apps):
         method(each)
 
 
+_apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
 atexit.register(_each_app, WebChannels.down)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=functools.partial(_each_app, WebChannels._forked))
 
-
 # -------------------------------------------------------------------------------- default app
 
 app = WebChannels()
-config = app.config
-route = app.route
-channel = app.channel
-params = app.params
-channels_support = app.channels_support
-channels_script = app.channels_script
-up = app.up
-serve = app.serve
-down = app.down
-broadcast = app.broadcast
-connected_clients = app.connected_clients
-disconnected_clients = app.disconnected_clients
+config, params = app.config, app.params
+route, channel, on_connect, on_disconnect = (
+    app.route, app.channel, app.on_connect, app.on_disconnect)
+channels_support, channels_script = app.channels_support, app.channels_script
+up, serve, down, broadcast = app.up, app.serve, app.down, app.broadcast
+connected_clients, disconnected_clients = app.connected_clients, app.disconnected_clients
 unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
-subscribe = app.subscribe
-unsubscribe = app.unsubscribe
-unsubscribe_client = app.unsubscribe_client
+subscribe, unsubscribe, unsubscribe_client = (
+    app.subscribe, app.unsubscribe, app.unsubscribe_client)
 subscriptions = app.subscriptions
-on_connect = app.on_connect
-on_disconnect = app.on_disconnect
 
 
 # -------------------------------------------------------------------------------- channels.js
@@ -2211,22 +2012,22 @@ on_disconnect = app.on_disconnect
 CHANNELS_JS: str = r"""/**
  * channels.js: the browser's side of webchannels.py. MIT License.
  *
- * One WebSocket (webchannels.v1) carries all channels of the page: bytes, and JSON.
- *   to the server    {channel, message, payload?, ref?}
- *   from the server  {channel, message, payload?}      a push
- *                    {ref, payload} or {ref, error}    the reply to that ref
- *                    {error, channel, message}         an error without ref
- * An empty message asks for an empty one, to see that the server is there.
+ * One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
+ *   {channel, message, payload?, ref?}    to the server
+ *   {channel, message, payload?}          from the server
+ *   {ref, payload} or {ref, error}        its reply to a ref
+ *   {error, channel, message}             an error without ref
+ *   an empty message                      a keep-alive, answered by another
  */
-// A second copy in a page finds the first. (Object(x) is x, for the type checker of any type.)
+// A second copy in the page finds the first. (Object(x) is x, of any type.)
 var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
   'use strict'
 
   const TICK = 5000           // ms
-  const ASK = 5               // silent ticks until the server is asked whether it is there
+  const ASK = 5               // silent ticks until a keep-alive
   const DEAD = 7              // silent ticks until the connection counts as lost
   const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
-  const QUEUE = [2048, 2**20] // messages and bytes that may wait for the connection
+  const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
   const FINAL = [1000, 1008]  // close codes after which to stay away
 
   const page = Object(window)
@@ -2237,16 +2038,16 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
   let state = 'connecting'
   /** @type {WebSocket | null} */
   let socket = null // the only one
-  let timer = 0     // to the next tick or, without a socket, to the next connect
+  let timer = 0     // to the next tick or, without a socket, connect
   let silent = 0    // ticks since the server was heard
   let failures = 0  // in a row
   let lastRef = 0
-  // An item is {data, ref, promise, resolve, reject}; the promise is that of the reply or, without
-  // ref, of the hand-over to the socket.
+  // An item is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
   const queue = new Map()         // items not sent yet -> bytes
   const pending = new Map()       // ref -> item not answered yet
   const subscriptions = new Map() // channel -> item
-  const handlers = new Set()      // [path, handler]
+  /** @type {Set<{ pattern: string[], handler: Function }>} */
+  const handlers = new Set()
 
   /** @param {string} type  @param {any} [detail] */
   const emit = (type, detail) => client.dispatchEvent(new CustomEvent(type, { detail }))
@@ -2271,8 +2072,8 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     timer = setTimeout(tick, TICK)
   }
 
-  // Counted, not timed: a background tab ticks late, a frozen one not at all, but it hears what the
-  // server said before the next tick.
+  // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
+  // what the server said before it ticks twice.
   const tick = () => {
     timer = setTimeout(tick, TICK)
     if (++silent >= DEAD) return end('reconnecting')
@@ -2281,7 +2082,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     if (silent === ASK) socket.send('')
   }
 
-  /** The network may have come or gone: do not wait for the timer. */
+  /** Does now what the timer is for. */
   const wake = () => {
     if (state === 'closed') return
     failures = 0
@@ -2315,8 +2116,9 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
       queue.clear()
     } else {
-      // Full jitter: the clients of a restarted server must not be back all at once.
-      const most = Math.min(DELAY[1], DELAY[0] * 2 ** failures++)
+      // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
+      const first = DELAY[0] * (document.hidden ? 10 : 1)
+      const most = Math.min(DELAY[1], first * 2 ** failures++)
       timer = setTimeout(connect, Math.random() * most)
     }
     become(next) // last, for listeners may open() or close()
@@ -2341,7 +2143,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   /** @param {any} item */
   const send = item => {
-    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one would swallow it
+    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one swallows it
     else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
     else {
       const copy = new Blob([item.data]) // the caller may reuse its buffer
@@ -2359,7 +2161,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       resolve(reply)
       emit('subscribed', channel)
     }, error => {
-      if (error instanceof DOMException) return // lost; the next connection renews it
+      if (error instanceof DOMException) return // lost: the next connection renews it
       subscriptions.delete(channel)
       reject(error)
       complain({ error: error.message, channel, message: 'subscribe' })
@@ -2372,7 +2174,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     silent = 0
     if (data === '') return
     const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const item = pending.get(m.ref) // none if it timed out or was aborted
+    const item = pending.get(m.ref) // if it is still wanted
     if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
     else m.ref ? item?.resolve(m.payload) : deliver(m)
   }
@@ -2388,22 +2190,17 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     const plain = payload === undefined
     const word = plain ? message : { channel, message, payload }
     emit('message', word)
-    // A microtask each: if one throws, the others still run.
+    const segments = `/${channel}/${message}`.split('/')
     let taken = false
-    for (const [path, handler] of handlers) {
-      const found = !plain && match(path.split('/'), `/${channel}/${message}`.split('/'))
-      if (!found) continue
+    for (const { pattern, handler } of handlers) {
+      const names = Object({})
+      if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
+        part[0] === ':' ? names[part.slice(1)] = segments[i] : part === segments[i])) continue
       taken = true
-      queueMicrotask(() => handler(payload, { ...found, channel, message }))
+      // A microtask each: if one throws, the others still run.
+      queueMicrotask(() => handler(payload, { ...names, channel, message }))
     }
     if (!taken) queueMicrotask(() => page.parse_payload(word))
-  }
-
-  /** The values of the `:name`s, or null. @param {string[]} pattern  @param {string[]} path */
-  const match = (pattern, path) => {
-    const found = Object({})
-    return pattern.length === path.length && pattern.every((part, i) =>
-      part[0] === ':' ? found[part.slice(1)] = path[i] : part === path[i]) ? found : null
   }
 
   // ---- What the page uses ----
@@ -2417,8 +2214,8 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     get state() { return state }
 
     /**
-     * Resolves at the hand-over to the connection, when that is there; rejects when the queue is
-     * full, or on close(). A reply comes as a push.
+     * Resolves when handed to a connection, rejects when too much waits for one or on close(). A
+     * reply comes as a push.
      * @param {string} channel  @param {string} message  @param {any} [payload]
      */
     async sendMessageTo(channel, message, payload) {
@@ -2429,7 +2226,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     async sendBinary(data) { return send(outgoing(data)) }
 
     /**
-     * Resolves with the reply. Rejects with the server's error or a DOMException: TimeoutError,
+     * Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
      * AbortError, NetworkError (connection lost: nobody knows whether it ran).
      * @param {string} channel  @param {string} message  @param {any} [payload]
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
@@ -2437,7 +2234,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       const ref = ++lastRef
       const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
-      const late = setTimeout(item.reject, Math.min(timeout, 2 ** 31 - 1),
+      const late = setTimeout(item.reject, Math.min(timeout, 2e9),
         new DOMException('No reply in time', 'TimeoutError'))
       const abort = () => item.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
@@ -2458,13 +2255,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
      * @returns {() => void} takes it off again
      */
     channel(path, handler) {
-      const entry = [path, handler]
+      const entry = { pattern: path.split('/'), handler }
       handlers.add(entry)
       return () => { handlers.delete(entry) }
     }
 
     /**
-     * Holds over reconnects. Resolves when the server confirms it, rejects when it refuses.
+     * Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
      * @param {string} channel  @returns {Promise<any>}
      */
     subscribe(channel) {
@@ -2485,13 +2282,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       if (state === 'open') return client.request(channel, 'unsubscribe')
     }
 
-    /** Connects: after close() or a refusal, or instead of waiting. */
+    /** Connects, at once. */
     open() {
       if (state === 'closed') become('connecting')
       wake()
     }
 
-    /** Stays away until open(). Rejects what is queued or unanswered. */
+    /** Stays away until open(). Rejects what waits. */
     close() { end('closed', 1000) }
   }
 
