@@ -184,7 +184,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     for (const { pattern, handler } of handlers) {
       const names = Object({})
       if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
-        part[0] === ':' ? names[part.slice(1)] = segments[i] : part === segments[i])) continue
+        part[0] === ':' ? names[part.split(':')[1]] = segments[i] : part === segments[i])) continue
       taken = true
       // A microtask each: if one throws, the others still run.
       queueMicrotask(() => handler(payload, { ...names, channel, message }))

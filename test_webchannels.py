@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-import asyncio
 import base64
 import contextlib
 import email.utils
@@ -39,7 +38,15 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeV
 from urllib.parse import urlsplit
 
 import webchannels
-from webchannels import ChannelClient, ChannelError, Config, HTTPError, Request, Response, WebChannels
+from webchannels import (
+    ChannelClient,
+    ChannelError,
+    Config,
+    HTTPError,
+    Request,
+    Response,
+    WebChannels,
+)
 
 HERE = Path(__file__).resolve().parent
 JsonObject = dict[str, Any]
@@ -707,7 +714,7 @@ class RouterTest(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for.*payload"):
             app.channel("/____/x", lambda nobody: None)
         with self.assertRaisesRegex(TypeError, "not a callable"):
-            app.route("/", 5)  # type: ignore[type-var]
+            app.route("/", 5)  # type: ignore[arg-type]
         with self.assertRaisesRegex(ValueError, "method"):
             app.route("/", lambda: "", method="G ET")
         with self.assertRaisesRegex(TypeError, "async"):
@@ -1022,8 +1029,8 @@ class HttpTest(ServerTest):
         return f"{request.method} {request.headers['user-agent']} {self.app.params('q')}"
 
     def data(self, request: Request) -> dict[str, Any]:
-        return {key: value for key, value in self.app.params().items() if key != "request"} | {
-            "size": len(request.body), "method": request.method} if sys.version_info >= (3, 9) else {}
+        given = {key: value for key, value in self.app.params().items() if key != "request"}
+        return {**given, "size": len(request.body), "method": request.method}
 
     def test_what_handlers_return(self) -> None:
         for path, status, kind, body in (
@@ -1080,9 +1087,11 @@ class HttpTest(ServerTest):
             connection.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             self.assertEqual(connection.response().body, b"index")
         for method, path, status, allow in (
-                ("POST", "/", 405, "GET, HEAD, OPTIONS"), ("OPTIONS", "/", 204, "GET, HEAD, OPTIONS"),
+                ("POST", "/", 405, "GET, HEAD, OPTIONS"),
+                ("OPTIONS", "/", 204, "GET, HEAD, OPTIONS"),
                 ("GET", "/data", 405, "DELETE, OPTIONS, PATCH, POST, PUT"),
-                ("OPTIONS", "/nope", 404, None), ("TRACE", "/", 501, None), ("BREW", "/", 501, None),
+                ("OPTIONS", "/nope", 404, None), ("TRACE", "/", 501, None),
+                ("BREW", "/", 501, None),
                 ("BREW", "/nope", 501, None), ("CONNECT", "/", 501, None)):
             reply = request(method, self.url + path)
             self.assertEqual((reply.status, reply.headers.get("allow")), (status, allow), method)
@@ -1199,7 +1208,8 @@ class HttpTest(ServerTest):
         (400, b"Content-Length: -3\r\n\r\nabc"), (400, b"Content-Length: 3 3\r\n\r\nabc"),
         (400, b"Content-Length: 0x3\r\n\r\nabc"), (400, b"Content-Length: 3_0\r\n\r\nabc"),
         (400, b"Content-Length:\r\n\r\n"), (400, b"Content-Length: \xb2\r\n\r\nabc"),
-        (400, b"Content-Length : 3\r\n\r\nabc"), (400, b"Content-Length: 9" + b"9" * 99 + b"\r\n\r\n"),
+        (400, b"Content-Length : 3\r\n\r\nabc"),
+        (400, b"Content-Length: 9" + b"9" * 99 + b"\r\n\r\n"),
         (413, b"Content-Length: 1001\r\n\r\n"), (413, b"Content-Length: 999999999999\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n"),
         (501, b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
@@ -1236,7 +1246,8 @@ class HttpTest(ServerTest):
             with self.subTest(data[:120]), Connection(self.url) as connection:
                 # Were anything read behind an error, the second request would be answered, too.
                 again = b"GET /list HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-                connection.send_raw(data + (again if status == 200 or data.endswith(b"\n") else b""))
+                ended = status == 200 or data.endswith(b"\n")
+                connection.send_raw(data + (again if ended else b""))
                 reply = connection.response()
                 self.assertEqual(reply.status, status)
                 if status == 200:
@@ -1324,7 +1335,7 @@ class TimeLimitsTest(ServerTest):
         for _ in range(4):
             time.sleep(0.1)
             client.send_raw(b"x")
-        self.assertEqual(client.recv_close()[0], 1008)
+        self.assertEqual(client.recv_close(), (1013, "frame not finished in time"))
 
     def test_a_close_that_is_not_answered(self) -> None:
         client = self.connect(auto_reply=False)
@@ -1393,9 +1404,8 @@ class HandshakeTest(ServerTest):
                              (404, "GET / HTTP/1.1"), (404, "GET /other HTTP/1.1")):
             self.assertEqual(self.shake(line).status, status, line)
         self.assertEqual(self.shake("GET / HTTP/1.1", Upgrade="h2c").body, b"page")
-        self.assertEqual(
-            self.shake(Sec_WebSocket_Protocol="x, webchannels.v1").headers["sec-websocket-protocol"],
-            "webchannels.v1")
+        reply = self.shake(Sec_WebSocket_Protocol="x, webchannels.v1")
+        self.assertEqual(reply.headers["sec-websocket-protocol"], "webchannels.v1")
         self.app.config.websockets_server = False
         self.assertEqual(self.shake().status, 404)
 
@@ -1474,7 +1484,8 @@ class WhoMayComeInTest(ServerTest):
         for host in ("localhost", "LOCALHOST:1", "127.0.0.1:8000", "127.9.9.9", "[::1]:80",
                      "app.localhost", "[::1]"):
             self.assertEqual(statuses(host), (200, 101), host)
-        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "xlocalhost",
+        for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example",
+                     "xlocalhost",
                      "0.0.0.0", "192.168.0.1", "127.1", "2130706433", "[::ffff:10.0.0.1]",
                      "localhost.", "evil.example:127"):
             self.assertEqual(statuses(host), (403, 403), host)
@@ -1629,6 +1640,8 @@ class MessagesTest(ServerTest):
                             self.assertEqual(
                                 expected, data if opcode == BINARY else data.decode()
                                 if isinstance(expected, str) else json.loads(data))
+                            if opcode == BINARY and client is v1 and ref:
+                                self.assertEqual(client.recv_json(), {"ref": ref, "payload": None})
         plain.send_json({"channel": "math/add/2", "message": "3"})
         self.assertEqual(plain.recv_json(), {"channel": "math/add/2", "message": "3", "payload": 5})
 
@@ -1734,6 +1747,12 @@ class MessagesTest(ServerTest):
         self.assertEqual(client.recv_text(), "first")
         self.assertEqual(client.recv_close(), (4000, "enough"))
         self.assertEqual(client.rest(), b"")
+        self.app.channel("/____/kick", lambda client: client.close(1008, "kicked") or "bye")
+        client = self.connect(subprotocol="webchannels.v1")
+        client.send_json({"channel": "____", "message": "kick", "ref": 1})
+        with self.assertRaises(Closed):  # and no reply behind it (RFC 6455, 5.5.1)
+            client.recv()
+        self.assertEqual(client.rest(), b"")
         for code, reason in ((1005, ""), (1006, ""), (999, ""), (5000, ""), (1000, "x" * 124)):
             with self.assertRaises(ValueError):
                 there.close(code, reason)
@@ -1826,13 +1845,17 @@ class RegistryTest(ServerTest):
                 ("tick", {"n": [1, None]}, None,
                  {"channel": "____", "message": "tick", "payload": {"n": [1, None]}}),
                 ("tick", [float("nan"), float("inf"), (1.5,), {"a": -float("inf")}], None,
-                 {"channel": "____", "message": "tick", "payload": [None, None, [1.5], {"a": None}]}),
+                 {"channel": "____", "message": "tick",
+                  "payload": [None, None, [1.5], {"a": None}]}),
                 ('{"ref":1}', None, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
             self.assertTrue(app.broadcast("____", message, payload))
             for client in clients:
                 self.assertEqual(client.recv_json(), value)
             received = plain.recv_text()
-            self.assertEqual(received, text) if text else self.assertEqual(json.loads(received), value)
+            if text:
+                self.assertEqual(received, text)
+            else:
+                self.assertEqual(json.loads(received), value)
         self.assertTrue(app.broadcast("____", b"\0\1"))
         for client in [*clients, plain]:
             self.assertEqual(client.recv(), (BINARY, b"\0\1"))
@@ -1860,18 +1883,20 @@ class RegistryTest(ServerTest):
         for _ in range(100_000):
             deep = [deep]
         self.app.config.max_send_buffer = 10_000
-        for message, payload, error in (
+        cases: list[tuple[Any, Any, type[Exception]]] = [
                 ("x", object(), TypeError), ("x", {1, 2}, TypeError), ("x", circle, ValueError),
                 ("x", {"a": "\ud800"}, ValueError), ("\ud800", None, ValueError),
                 ({"a": 1}, None, TypeError), (5, None, TypeError), (b"x", 1, TypeError),
                 ("x" * 10_001, None, ValueError), ("x", "y" * 10_001, ValueError),
-                ("x", deep, ValueError)):
+                ("x", deep, ValueError)]
+        for message, payload, error in cases:
             for send in (there.send, functools.partial(self.app.broadcast, ["____", "room"])):
                 with self.subTest(message), self.assertRaises(error):
                     send(message, payload)
         with self.assertRaisesRegex(TypeError, "config.json_default"):
             self.app.broadcast("____", "x", object())
-        self.app.config.json_default = lambda value: {"it": float("nan"), "is": type(value).__name__}
+        self.app.config.json_default = lambda value: {"it": float("nan"),
+                                                      "is": type(value).__name__}
         self.app.broadcast("____", "x", object())
         self.assertEqual(client.recv_json()["payload"], {"it": None, "is": "object"})
         while deep:  # taken apart in a loop: its own destructor is recursive
@@ -1892,7 +1917,7 @@ class RegistryTest(ServerTest):
         left = self.left
         for i in range(count):
             self.assertTrue(self.app.broadcast("____", f"{i} {text}"))
-            self.until(lambda i=i: len(received) > i)
+            self.until(lambda: len(received) > i)  # noqa: B023 - it is called at once
         reader.join()
         self.assertEqual([each.split()[0] for each in received], [str(i) for i in range(count)])
         self.assertEqual(len(left), 1)
@@ -1959,7 +1984,8 @@ class PageTest(unittest.TestCase):
         app.config.websockets_path = "/socket"
         self.assertIn('data-path="/live/socket" nonce="n"', app.channels_support(nonce="n"))
         with quiet(), serve(app) as url:
-            self.assertIn('src="/live/channels.js?v=1"', app.channels_support(src="/channels.js?v=1"))
+            text = app.channels_support(src="/channels.js?v=1")
+            self.assertIn('src="/live/channels.js?v=1"', text)
             reply = request("GET", url + "/channels.js?v=1")
             self.assertEqual((reply.headers["content-type"], reply.body.decode()),
                              ("text/javascript; charset=utf-8", app.channels_script()))
@@ -2038,7 +2064,8 @@ class UpAndDownTest(unittest.TestCase):
                 self.assertTrue(url.startswith("https://127.0.0.1:"))
                 self.assertEqual(request("GET", url).body, b"page")
                 with WebSocketClient(url, origin=url, deflate=True) as client:
-                    client.send_json({"channel": "____", "message": "echo", "payload": "x" * 300_000})
+                    client.send_json({"channel": "____", "message": "echo",
+                                      "payload": "x" * 300_000})
                     self.assertEqual(len(client.recv_text()), 300_000)
                     client.send_frame(3)
                     self.assertEqual(client.recv_close()[0], 1002)

@@ -1101,11 +1101,12 @@ class ChannelClient(asyncio.Protocol):
     # What is sent.
 
     def _push(self, push: Push) -> bool:
-        if not self._closing:
-            self._write(push.frame(self._dialect))
+        self._write(push.frame(self._dialect))
         return not self._closing
 
     def _write(self, frame: bytes) -> None:
+        if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
+            return
         self._queue.append(frame)
         self._queued += len(frame)
         if not self._corked:
@@ -1133,9 +1134,9 @@ class ChannelClient(asyncio.Protocol):
     def _close(self, code: int, reason: str) -> None:
         """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts the deaf."""
         if not self._closing:
-            self._closing = True
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
+            self._closing = True
             self._set_deadline()
         self._leave()
 
@@ -1181,7 +1182,7 @@ class ChannelClient(asyncio.Protocol):
             if now >= self._deadline:
                 self._abort("it did not close in time")
         elif now - self._frame_mark[1] > allowance(settings, size):
-            self._close(1008, "frame not finished in time")
+            self._close(1013, "frame not finished in time")
         elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
             self._abort("no answer to a ping")
         elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
@@ -1245,8 +1246,9 @@ class _Origin:
         dialect = self.client._dialect
         settings = self.client._app.config
         if isinstance(result, (bytes, bytearray, memoryview)):
-            push = Push.of(settings, "", bytes(result), None)
-        elif dialect[0] and self.ref is not None:
+            self.client._push(Push.of(settings, "", bytes(result), None))
+            result = None  # a binary frame has no place for the ref
+        if dialect[0] and self.ref is not None:
             text = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'
             push = Push(settings, TEXT, b"", text.encode())
         elif result is None:
@@ -1257,7 +1259,7 @@ class _Origin:
         else:
             message, payload = (result, None) if isinstance(result, str) else (self.message, result)
             push = Push.of(settings, self.channel or settings.default_channel, message, payload)
-        self.client._write(push.frame(dialect))
+        self.client._push(push)
 
     def fail(self, error: BaseException) -> None:
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
@@ -2195,7 +2197,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     for (const { pattern, handler } of handlers) {
       const names = Object({})
       if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
-        part[0] === ':' ? names[part.slice(1)] = segments[i] : part === segments[i])) continue
+        part[0] === ':' ? names[part.split(':')[1]] = segments[i] : part === segments[i])) continue
       taken = true
       // A microtask each: if one throws, the others still run.
       queueMicrotask(() => handler(payload, { ...names, channel, message }))
