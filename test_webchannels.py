@@ -1011,6 +1011,8 @@ class HttpTest(ServerTest):
         app.route("/wrong", lambda: 5)
         app.route("/boom", lambda: 1 / 0)
         app.route("/error", self.error)
+        app.route("/bad-error", self.bad_error)
+        app.route("/bad-status", lambda: Response(status=99))
         app.route("/response", lambda: Response("x", 201, [("X-A", "1"), ("X-A", "2")], "text/x"))
         app.route("/hi/:name/:n::int", lambda name, n, q="-": {"name": name, "n": n, "q": q})
         app.route("/needs", lambda who: who)
@@ -1020,6 +1022,9 @@ class HttpTest(ServerTest):
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
+
+    def bad_error(self) -> None:
+        raise HTTPError(404, headers={"X": "a\r\nb"})
 
     def error(self) -> None:
         raise HTTPError(418, "short and stout", {"X-Pot": "tea"})
@@ -1040,6 +1045,8 @@ class HttpTest(ServerTest):
                 ("/list", 200, "application/json", b"[1]"), ("/none", 204, None, b""),
                 ("/wrong", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/boom", 500, "text/plain; charset=utf-8", b"Internal server error"),
+                ("/bad-error", 500, None, b"Internal server error"),
+                ("/bad-status", 500, None, b"Internal server error"),
                 ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),

@@ -232,13 +232,10 @@ class HTTPError(Exception):
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
-        self.status, self.headers = status, headers
+        self.status = status
         self.text = http.client.responses.get(status, "").capitalize() if text is None else text
+        self.response = Response(self.text, status, headers, "text/plain; charset=utf-8")
         super().__init__(f"{status} {self.text}")
-
-    def response(self) -> Response:
-        """The answer that this error stands for."""
-        return Response(self.text, self.status, self.headers, "text/plain; charset=utf-8")
 
 
 class Request:
@@ -316,6 +313,8 @@ class Response:
         names = {name.lower() for name, _ in self.headers}
         if self.body and "content-type" not in names:
             self.headers.append(("Content-Type", content_type or kind))
+        if not 200 <= status <= 599:
+            raise ValueError(f"the status of an answer is 200 to 599, not {status}")
         if names & {"connection", "content-length", "date", "transfer-encoding"}:
             raise ValueError("Connection, Content-Length, Date and Transfer-Encoding are not yours")
         for name, value in self.headers:
@@ -940,6 +939,7 @@ class ChannelClient(asyncio.Protocol):
         self.data: dict[Any, Any] = {}
         self.connected = False
         self._transport: Any = None  # an asyncio.Transport, once the handshake is over
+        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
         # Incoming: events that wait for the handler before them.
         self._frames = FrameReader(app.config.max_message_size, inflate=dialect[1] > 0)
         self._pending: collections.deque[Event] = collections.deque()
@@ -995,7 +995,7 @@ class ChannelClient(asyncio.Protocol):
         """Take over the connection: from now on its bytes are frames."""
         self._app._sockets.add(self)
         self._app._clients[self] = None
-        self._writer = writer  # its finaliser would close the transport
+        self._writer = writer
         self._transport = writer.transport
         self._transport.set_protocol(self)
         self.connected = True
@@ -1037,6 +1037,7 @@ class ChannelClient(asyncio.Protocol):
         self._app._sockets.discard(self)
         self._leave()
         self.resume_writing()  # what arrived before is handled still
+        self._writer = None  # it is large, and disconnected_clients() may list this for a while
 
     def pause_writing(self) -> None:
         """The transport is full."""
@@ -1508,6 +1509,8 @@ class WebChannels:
         for channel in client.channels:
             self._drop(client, channel)
         self._left_at[client] = self._now()
+        if len(self._left_at) > self.config.max_clients:
+            del self._left_at[next(iter(self._left_at))]  # who left first
         for endpoint in self._on_disconnect.values():
             task = asyncio.ensure_future(notify(endpoint))
             self._tasks.add(task)
@@ -1617,7 +1620,7 @@ class WebChannels:
                 client.data_received(bytes(requests.buffer) + await reader.read())
         except HTTPError as error:  # nothing more can be read
             logger.warning("bad request from %s: %s", address, error)
-            writer.write(error.response().encode(close=True))
+            writer.write(error.response.encode(close=True))
             if writer.can_write_eof():  # read on for a while: a reset could overtake the answer
                 writer.write_eof()
                 with contextlib.suppress(OSError, asyncio.TimeoutError):
@@ -1669,10 +1672,10 @@ class WebChannels:
             return await self._respond(request)
         except HTTPError as error:
             logger.info("%r: %s", request, error)
-            return error.response()
+            return error.response
         except Exception:
             logger.exception("%r failed", request)
-            return HTTPError(500).response()
+            return HTTPError(500).response
 
     async def _respond(self, request: Request) -> Response:
         """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
@@ -1796,7 +1799,8 @@ class WebChannels:
             server = await self._listen(*where)
             sweep = asyncio.ensure_future(self._sweep())
             try:
-                self._loop.set_exception_handler(self._on_loop_error)
+                if self._loop.get_exception_handler() is None:
+                    self._loop.set_exception_handler(self._on_loop_error)
                 ready.set_result(self.url)
                 logger.info("serving at %s", self.url)
                 await self._stop.wait()
@@ -1816,12 +1820,14 @@ class WebChannels:
         port = self.config.server_port if port is None else port
         host = self.config.server_host if host is None else host
         where: dict[str, Any] = {"sock": sock} if sock else {"host": host, "port": port}
+        if ssl:
+            where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
         if reuse_port:
             if not hasattr(socket, "SO_REUSEPORT"):
                 raise ValueError("this system cannot share a port: serve without reuse_port")
             where["reuse_port"] = True
         try:
-            server = await asyncio.start_server(self._accept, backlog=1024, ssl=ssl, **where)
+            server = await asyncio.start_server(self._accept, backlog=1024, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
@@ -1930,9 +1936,9 @@ class WebChannels:
         Open copies would keep them alive. They are replaced by the null device: closing them
         would free numbers that objects still take for theirs.
         """
-        writers = [*self._writers, *(client._writer for client in self._sockets)]
+        ends: list[Any] = [*self._writers, *(client._transport for client in self._sockets)]
         with open(os.devnull) as null:
-            for each in [*self._listening, *(at.get_extra_info("socket") for at in writers)]:
+            for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.RLock()
