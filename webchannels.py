@@ -860,29 +860,23 @@ class Push:
 
     __slots__ = ("_bodies", "_frames", "_opcode", "_threshold")
 
-    def __init__(self, settings: Config, opcode: int, plain: bytes, enveloped: bytes) -> None:
-        """The body of the dialect without a subprotocol, and that of webchannels.v1.
-
-        Raises ValueError for what no client could be sent.
-        """
-        if len(enveloped) > settings.max_send_buffer:
-            raise ValueError(f"{len(enveloped):,} bytes are more than config.max_send_buffer")
-        self._opcode, self._bodies = opcode, (plain, enveloped)
-        self._threshold = settings.compression_threshold
+    def __init__(self, settings: Config, channel: str, message: str | bytes,
+                 payload: Any = None) -> None:
+        """Raises TypeError or ValueError for what cannot be sent."""
+        self._opcode, self._threshold = TEXT, settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
-
-    @classmethod
-    def of(cls, settings: Config, channel: str, message: str | bytes, payload: Any) -> Push:
-        """A push on a channel. Raises TypeError or ValueError for what cannot be sent."""
-        if isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
-            return cls(settings, BINARY, bytes(message), bytes(message))
-        if not isinstance(message, str):
+        if isinstance(message, str):
+            body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
+            if payload is not None:
+                body += f',"payload":{dump_json(payload, settings.json_default)}'
+            enveloped = f"{body}}}".encode()
+            # Without the subprotocol a plain string travels as it is.
+            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
+        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+            self._opcode, self._bodies = BINARY, (bytes(message),) * 2
+        else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
-        body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
-        if payload is None:  # a plain string travels as it is
-            return cls(settings, TEXT, message.encode(), f"{body}}}".encode())
-        body = f'{body},"payload":{dump_json(payload, settings.json_default)}}}'
-        return cls(settings, TEXT, body.encode(), body.encode())
+        check_size(settings, self._bodies[1])
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
@@ -891,6 +885,12 @@ class Push:
             frame = self._frames[dialect] = encode_message(
                 self._opcode, self._bodies[dialect[0]], dialect[1], self._threshold)
         return frame
+
+
+def check_size(settings: Config, body: bytes) -> None:
+    """Raises ValueError for what no client could be sent."""
+    if len(body) > settings.max_send_buffer:
+        raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
 
 
 # ------------------------------------------------------------------------------------ clients
@@ -977,7 +977,7 @@ class ChannelClient(asyncio.Protocol):
         if channel is None and given.get("client") is self:
             channel = given.get("channel")
         settings = self._app.config
-        push = Push.of(settings, channel or settings.default_channel, message, payload)
+        push = Push(settings, channel or settings.default_channel, message, payload)
         return (self.connected or not self._transport) and self._push(push)
 
     @_on_loop
@@ -1108,6 +1108,9 @@ class ChannelClient(asyncio.Protocol):
     def _write(self, frame: bytes) -> None:
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
+        if not self._corked and not self._behind:  # the queue is empty then
+            self._transport.write(frame)
+            return
         self._queue.append(frame)
         self._queued += len(frame)
         if not self._corked:
@@ -1221,15 +1224,16 @@ class _Origin:
 
         Raises HTTPError 400.
         """
-        if isinstance(data, bytes) or data.lstrip(" \t\r\n")[:1] != "{":
+        text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
+        if text[:1] != "{":
             return data
         try:
-            envelope = _decoder.decode(data)
+            envelope, end = _decoder.raw_decode(text)
         except RecursionError:
             raise HTTPError(400, "JSON nested too deep") from None
         except ValueError:
             return data
-        if "channel" not in envelope:
+        if "channel" not in envelope or text[end:].strip(" \t\r\n"):
             return data
         self.raw = False
         channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
@@ -1244,23 +1248,34 @@ class _Origin:
 
     def reply(self, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
-        dialect = self.client._dialect
-        settings = self.client._app.config
+        client, settings = self.client, self.client._app.config
+        v1, bits = client._dialect
         if isinstance(result, (bytes, bytearray, memoryview)):
-            self.client._push(Push.of(settings, "", bytes(result), None))
+            client._push(Push(settings, "", bytes(result)))
             result = None  # a binary frame has no place for the ref
-        if dialect[0] and self.ref is not None:
+        if v1 and self.ref is not None:
             text = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'
-            push = Push(settings, TEXT, b"", text.encode())
         elif result is None:
             return
-        elif self.raw and not dialect[0] and not isinstance(result, str):
-            body = dump_json(result, settings.json_default).encode()
-            push = Push(settings, TEXT, body, body)
+        elif not v1 and isinstance(result, str):
+            text = result
+        elif not v1 and self.raw:
+            text = dump_json(result, settings.json_default)
         else:
             message, payload = (result, None) if isinstance(result, str) else (self.message, result)
-            push = Push.of(settings, self.channel or settings.default_channel, message, payload)
-        self.client._push(push)
+            client._push(Push(settings, self.channel or settings.default_channel, message, payload))
+            return
+        body = text.encode()
+        check_size(settings, body)
+        client._write(encode_message(TEXT, body, bits, settings.compression_threshold))
+
+    async def reply_later(self, result: asyncio.Future[Any]) -> None:
+        """Send what the handler will return."""
+        try:
+            self.reply(await result)
+        except (Exception, asyncio.CancelledError) as error:
+            result.cancel()
+            self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
@@ -1432,7 +1447,7 @@ class WebChannels:
         or ValueError for what cannot be sent, before anything is sent.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
-        pushes = [(name, Push.of(self.config, name, message, payload)) for name in names]
+        pushes = [(name, Push(self.config, name, message, payload)) for name in names]
         without, among = [{given} if isinstance(given, ChannelClient) else set(given or ())
                           for given in (exclude, only)]
         there = False
@@ -1545,13 +1560,6 @@ class WebChannels:
 
     def _message(self, client: ChannelClient, data: str | bytes) -> None:
         """Handle a message; never raises for what it or its handler does."""
-        async def reply_later(result: asyncio.Future[Any]) -> None:
-            try:
-                origin.reply(await result)
-            except (Exception, asyncio.CancelledError) as error:
-                result.cancel()
-                origin.fail(error)
-
         origin = _Origin(client)
         try:
             payload = origin.read(data)
@@ -1568,7 +1576,7 @@ class WebChannels:
                 given = {**dict(zip(endpoint.path_names, found[1])), **given}
             result = self._start(endpoint, given)
             if isinstance(result, asyncio.Future):
-                client._await(reply_later(result))
+                client._await(origin.reply_later(result))
             else:
                 origin.reply(result)
         except Exception as error:
