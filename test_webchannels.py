@@ -1318,6 +1318,15 @@ class TimeLimitsTest(ServerTest):
                 self.assertEqual(connection.rest(), b"")
         self.assertGreater(time.monotonic() - begun, 1.4)
 
+    def test_a_request_may_begin_late(self) -> None:
+        self.app.config.keep_alive_timeout = 5
+        with Connection(self.url) as connection:
+            time.sleep(0.6)  # longer than a request may take
+            for part in (b"GET / HTTP/1.1\r\n", b"Host: localhost\r\n\r\n"):
+                connection.send_raw(part)
+                time.sleep(0.15)
+            self.assertEqual(connection.response().status, 200)
+
     def test_idle_connections_end_without_a_word(self) -> None:
         for data in (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
             with Connection(self.url) as connection:

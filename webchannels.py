@@ -1325,7 +1325,8 @@ class WebChannels:
         self._local_only = False
         self._listening: Sequence[Any] = ()
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-        self._http: dict[asyncio.Task[None], bool] = {}  # HTTP connections: is it idle?
+        # HTTP connections: when does the sweep end what they wait for, and are they idle?
+        self._http: dict[asyncio.Task[None], tuple[float, bool]] = {}
         self._writers: set[asyncio.StreamWriter] = set()  # theirs
         self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
         self._clients: dict[ChannelClient, None] = {}  # that are connected
@@ -1601,7 +1602,7 @@ class WebChannels:
         peer = writer.get_extra_info("peername")
         address = str(peer[0]) if isinstance(peer, tuple) else ""
         task: Any = asyncio.current_task()
-        self._http[task] = True
+        self._http[task] = (math.inf, True)
         self._writers.add(writer)
         client: ChannelClient | None = None
         try:
@@ -1649,19 +1650,20 @@ class WebChannels:
         begun = 0.0
         while True:
             request = requests.next()
-            self._http[task] = idle = request is None and not requests.begun
+            idle = request is None and not requests.begun
             if request is not None or idle and self._stopping:
+                self._http[task] = (math.inf, False)
                 return request
             if requests.expects_continue:
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 requests.expects_continue = False
-            timeout = self.config.keep_alive_timeout
-            if not idle:
-                begun = begun or self._now()
-                timeout = begun + allowance(self.config, len(requests.buffer)) - self._now()
+            now = self._now()
+            begun = 0.0 if idle else begun or now
+            self._http[task] = (now + self.config.keep_alive_timeout if idle else begun + allowance(
+                self.config, len(requests.buffer)), idle)
             try:
-                data = await asyncio.wait_for(reader.read(65536), timeout)
-            except asyncio.TimeoutError:
+                data = await reader.read(65536)
+            except asyncio.CancelledError:  # by the sweep, or at the end
                 if not idle:
                     raise HTTPError(408) from None
                 data = b""
@@ -1868,7 +1870,7 @@ class WebChannels:
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
-        for task, idle in self._http.items():
+        for task, (_, idle) in self._http.items():
             if idle:
                 task.cancel()
         for client in list(self._sockets):
@@ -1889,15 +1891,18 @@ class WebChannels:
             self._executor.shutdown(wait=False)
 
     async def _sweep(self) -> None:
-        """One timer for all clients: deadlines, pings, and those that left long ago."""
+        """One timer for all: deadlines, pings, and those that left long ago."""
         while True:
             settings = self.config
-            times = (settings.handshake_timeout, settings.ping_timeout, settings.disconnected_ttl,
-                     settings.ping_interval or 4, 4)
+            times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
+                     settings.ping_interval or 4, settings.disconnected_ttl, 4)
             await asyncio.sleep(max(min(times) / 4, 0.02))
             now = self._now()
             for client in list(self._sockets):
                 client._check(now, settings)
+            for task, (deadline, _) in list(self._http.items()):
+                if now >= deadline:
+                    task.cancel()
             for client, left in list(self._left_at.items()):
                 if now - left >= settings.disconnected_ttl:
                     del self._left_at[client]
