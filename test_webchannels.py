@@ -1412,7 +1412,7 @@ class HandshakeTest(ServerTest):
                 (400, {"Sec_WebSocket_Key": "a, b"}), (400, {"Host": None}),
                 (400, {"Content_Length": "0", "Transfer_Encoding": "chunked"})):
             with self.subTest(changes):
-                reply = self.shake(**changes)
+                reply = self.shake("GET /socket HTTP/1.1", **changes)
                 self.assertEqual(reply.status, status)
                 if status == 426:
                     self.assertEqual(reply.headers["sec-websocket-version"], "13")
@@ -2239,6 +2239,8 @@ os.wait()
 """)
         url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
         with WebSocketClient(url) as client, Connection(url) as other:
+            other.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertEqual(other.response().body, b"page")
             terminal.type("\n")
             terminal.expect(r"child \[\] False True")
             terminal.expect("parent 1")

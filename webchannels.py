@@ -303,7 +303,8 @@ class Response:
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
         self.status = status
-        self.headers = list(headers.items() if isinstance(headers, Mapping) else headers or ())
+        pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
+        self.headers: list[tuple[str, str]] = list(pairs or ())
         if isinstance(body, str):
             self.body, kind = body.encode(), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
@@ -1154,7 +1155,8 @@ class ChannelClient(asyncio.Protocol):
         self._set_deadline()
         self._flush()
         if half and self._transport.can_write_eof():
-            self._transport.write_eof()
+            with contextlib.suppress(OSError):  # the peer is gone already
+                self._transport.write_eof()
         else:
             self._transport.close()
 
@@ -1352,7 +1354,7 @@ class WebChannels:
         if not _TOKEN.fullmatch(method):
             raise ValueError(f"not an HTTP method: {method!r}")
 
-        def register(handler: H) -> H:
+        def register(handler: Any) -> Any:
             self._routes.add(path, Endpoint(handler, path, threaded), method.upper())
             return handler
         if handler is not None:
@@ -1373,7 +1375,7 @@ class WebChannels:
                 if room not in open_rooms: raise ChannelError("No such room")
                 subscribe(client, channel)
         """
-        def register(handler: H) -> H:
+        def register(handler: Any) -> Any:
             self._channels.add(path, Endpoint(handler, path, threaded, _MESSAGE_NAMES))
             return handler
         if handler is not None:
@@ -1453,7 +1455,7 @@ class WebChannels:
                           for given in (exclude, only)]
         there = False
         for name, push in pushes:
-            for client in list(self._subscribers.get(name, ())):
+            for client in list(self._subscribers.get(name) or ()):
                 if client not in without and (only is None or client in among):
                     there = client._push(push) or there
         return there
@@ -1461,7 +1463,7 @@ class WebChannels:
     @_on_loop
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Every open client, or the subscribers of `channel`."""
-        return list(self._clients if channel is None else self._subscribers.get(channel, ()))
+        return list(self._clients if channel is None else self._subscribers.get(channel) or ())
 
     @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
@@ -1541,8 +1543,9 @@ class WebChannels:
             if endpoint.threaded:
                 self._executor = self._executor or concurrent.futures.ThreadPoolExecutor(
                     thread_name_prefix="webchannels")
+                context = contextvars.copy_context()
                 return asyncio.get_running_loop().run_in_executor(
-                    self._executor, contextvars.copy_context().run, endpoint, given)
+                    self._executor, lambda: context.run(endpoint, given))
             begun = time.perf_counter()
             result = endpoint(given)
             held = time.perf_counter() - begun
@@ -1629,10 +1632,10 @@ class WebChannels:
                 client.data_received(bytes(requests.buffer) + await reader.read())
         except HTTPError as error:  # nothing more can be read
             logger.warning("bad request from %s: %s", address, error)
-            writer.write(error.response.encode(close=True))
-            if writer.can_write_eof():  # read on for a while: a reset could overtake the answer
-                writer.write_eof()
-                with contextlib.suppress(OSError, asyncio.TimeoutError):
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                writer.write(error.response.encode(close=True))
+                if writer.can_write_eof():  # read on: a reset could overtake the answer
+                    writer.write_eof()
                     await asyncio.wait_for(_read_on(reader), _LINGER)
         except (OSError, asyncio.TimeoutError, asyncio.CancelledError) as gone:
             logger.debug("connection from %s ended: %r", address, gone)
@@ -1776,8 +1779,8 @@ class WebChannels:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if not _interactive() if block is None else block:
             on_main = threading.current_thread() is threading.main_thread()
-            if on_main:
-                previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            handler = signal.default_int_handler
+            previous = signal.signal(signal.SIGTERM, handler) if on_main else None
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
                 while not self._done.wait(1):  # Windows does not interrupt a longer wait
@@ -1910,6 +1913,8 @@ class WebChannels:
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
+        if self._stopping and isinstance(error, ValueError):
+            return  # it tries to accept again, on a socket that is closed
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif self._now() > self._warned + 10:

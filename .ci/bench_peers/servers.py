@@ -49,17 +49,18 @@ async def webchannels(port: int, path: str, channels: int) -> None:
     wc.config.max_message_size = wc.config.max_send_buffer = LIMIT
     wc.route("/page", PAGE.decode)
 
-    @wc.channel("/____/echo")
+
     def echo() -> str:
         return f"Received: {wc.params('payload')}"
 
-    @wc.channel("/____/shout")
     def shout() -> None:
         wc.broadcast("____", wc.params("payload"))
 
-    @wc.channel("/")
     def raw(payload: Any) -> Any:
         return payload
+
+    for path, handler in (("/____/echo", echo), ("/____/shout", shout), ("/", raw)):
+        wc.channel(path, handler)
     for number in range(channels):
         wc.channel(f"/room{number}/echo", echo)
     await wc.serve(port=port)
@@ -122,7 +123,7 @@ async def tornado(port: int, raw: bool) -> None:
     import tornado.web
     import tornado.websocket
 
-    class Socket(tornado.websocket.WebSocketHandler):
+    class Socket(tornado.websocket.WebSocketHandler):  # type: ignore[misc]
         def on_message(self, text: Any) -> None:
             reply = text if raw else dispatch(self, text)
             if reply is not None:
