@@ -1164,6 +1164,9 @@ class HttpTest(ServerTest):
         (200, b"GET / HTTP/1.0\r\n\r\n"),
         (200, b"GET / HTTP/1.1\r\nhost:localhost:80  \r\nX-Empty:\r\n\r\n"),
         (400, b"GET / HTTP/1.1\r\n\r\n"),
+        (400, b"GET http://localhost/ HTTP/1.1\r\n\r\n"),
+        (400, b"GET http://localhost/ HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
+        (400, b"GET http://user@localhost/ HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (400, b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n"),
         (400, b"GET / HTTP/1.1\r\nHost:\r\n\r\n"),
         (400, b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n"),
@@ -1279,6 +1282,12 @@ class HttpTest(ServerTest):
                     return [*found, error.status]
             return found
 
+        for chunks in ([b"\r\n"], [b"\r", b"\n"]):  # an empty line is not a request begun
+            reader = webchannels.RequestReader(200, 50)
+            for chunk in chunks:
+                reader.receive(chunk)
+                self.assertIsNone(reader.next())
+            self.assertFalse(reader.begun)
         streams = [data for _, data in self.REQUESTS] + [
             b"POST /data HTTP/1.1\r\nHost: a\r\n" + data for _, data in self.BODIES]
         statuses = set()

@@ -366,9 +366,9 @@ class RequestReader:
 
     def _read(self) -> Iterator[Request | None]:
         while True:
-            self.begun = False
             line = ""
             while not line:  # RFC 9112, 2.2: empty lines before a request are ignored
+                self.begun = False
                 line = yield from self._line(self._max_header_size, 414)
             self.begun = True
             match = _REQUEST_LINE.fullmatch(line)
@@ -448,15 +448,17 @@ class RequestReader:
 
 
 def _parse_request(method: str, target: str, headers: dict[str, str], http_1_0: bool) -> Request:
+    hosts = [headers.get("host", "none" if http_1_0 else "")]
     if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
         headers["host"], slash, rest = target.partition("://")[2].partition("/")
+        hosts.append(headers["host"])
         target = slash + rest or "/"
     elif method == "CONNECT":
         raise HTTPError(501)
     elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
         raise HTTPError(400, "Bad request target")
     # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
-    if not _HOST.fullmatch(headers.get("host", "none" if http_1_0 else "")):
+    if not all(map(_HOST.fullmatch, hosts)):
         raise HTTPError(400, "One valid Host is needed")
     return Request(method, target, headers, http_1_0)
 
