@@ -12,6 +12,7 @@ import email.utils
 import functools
 import hashlib
 import html.parser
+import importlib.util
 import inspect
 import json
 import logging
@@ -2739,6 +2740,195 @@ class OnlyInChromium(BrowserTest):
             repl.expect(r"\(\[\], \[\]\)")
             repl.type("exit()\n")
             self.assertEqual(repl.process.wait(20), 0)
+
+
+# ---- README.md -----------------------------------------------------------------------------------
+
+TYPED_FIRST = "import webchannels; webchannels.config.server_port = {}\n"
+NGINX_HTTP = """pid {0}/pid; error_log {0}/log; events {{ }} http {{ access_log off;
+client_body_temp_path {0}; proxy_temp_path {0}; fastcgi_temp_path {0}; uwsgi_temp_path {0};
+scgi_temp_path {0}; {1} }}"""
+PROGRAMS = {  # what becomes true in their pages
+    "Start": "WebChannels.request('____', 'echo', 'x').then(reply => reply === 'Received: x')",
+    "A progress bar for a long-running script": "document.querySelector('progress').value > 0",
+    "A live chart of a sensor, or of a training loop":
+        "values.length > 9 && pen.getImageData(0, 0, 800, 300).data.some(value => value)",
+    "Inside an asyncio program of your own":
+        "document.querySelector('h1').textContent.includes(':')"}
+
+
+class ReadmeTest(BrowserTest):
+    """Every block of Python and JavaScript, as it stands but for the ports."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.blocks: dict[str, list[tuple[str, str]]] = {}  # (language, text) by heading
+        heading, text = "", (HERE / "README.md").read_text(encoding="utf-8")
+        for title, language, block in re.findall(r"(?ms)^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", text):
+            heading = title or heading
+            if language:
+                self.blocks.setdefault(heading, []).append((language, block))
+        self.ports: dict[str, int] = {}
+        for port in "8000", "5000", "443":
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                self.ports[port] = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.ports['8000']}"
+
+    def texts(self, heading: str, language: str) -> list[str]:
+        return [text for each, text in self.blocks[heading] if each == language]
+
+    def with_ports(self, text: str) -> str:
+        return re.sub(r"\b(8000|5000|443)\b", lambda match: str(self.ports[match[0]]), text)
+
+    def start(self, heading: str, *options: str, then: str = "", port: str = "8000") -> Terminal:
+        """Run the heading's Python as one program, until it serves."""
+        source = "".join([*self.texts(heading, "python"), then])
+        (self.folder / "app.py").write_text(
+            TYPED_FIRST.format(self.ports["8000"]) + self.with_ports(source))
+        program = Terminal(sys.executable, *options, "app.py", cwd=self.folder, BROWSER="true",
+                           PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        for _ in range(200):
+            with contextlib.suppress(OSError), socket.socket() as probe:
+                probe.connect(("127.0.0.1", self.ports[port]))
+                return program
+            time.sleep(0.1)
+        program.expect("(?!)", 0)  # shows what it said
+        raise AssertionError
+
+    def open(self, url: str = "") -> Page:
+        page = self.page(url or self.url)
+        page.wait_console("Subscription ready")
+        self.assertEqual(page.errors, [])
+        return page
+
+    def test_no_block_is_left_out(self) -> None:
+        tests = Path(__file__).read_text(encoding="utf-8")
+        for heading, blocks in self.blocks.items():
+            if {language for language, _ in blocks} & {"python", "js", "nginx", "sh"}:
+                self.assertTrue(f'"{heading}"' in tests, heading)
+
+    def test_the_commands(self) -> None:
+        self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
+        self.assertEqual(self.texts("Development", "sh"), ["python3 test_webchannels.py\n"])
+        shutil.copy(HERE / "webchannels.py", self.folder)
+        with Terminal(sys.executable, "webchannels.py", "--port", "0", cwd=self.folder) as demo:
+            self.open(demo.expect(r"http://[\d.:]+")[0])
+
+    def test_the_walkthrough(self) -> None:
+        page, said = None, ""
+        with Terminal(sys.executable, "-i", "-q") as repl:
+            repl.type(TYPED_FIRST.format(self.ports["8000"]))
+            for number, (language, block) in enumerate(self.blocks["Walkthrough"]):
+                if page and "disconnected_clients" in block:
+                    page.close()
+                    repl.type("import time; time.sleep(1)\n")
+                if language == "python":
+                    repl.type(f"{block}print('typed', {number})\n")
+                    said = repl.expect(rf"(?s)(.*)\ntyped {number}\n")[1]
+                    self.assertNotIn("Traceback", said)
+                    self.assertEqual("\nTrue\n" in said.replace(">>> ", ""), "broadcast" in block)
+                if "@route" in block:
+                    if page:
+                        page.reload()
+                    page = page or self.page(self.url)
+                    page.evaluate("WebChannels.subscribe('____')")
+                assert page
+                if language == "js":
+                    page.evaluate(f"({block})")
+                    repl.expect("Received: Hello!\n")
+                for line in block.splitlines() if language == "text" else ():
+                    page.wait_console(line)
+        connected, left, remain = re.findall(r"(?m)^(?:>>> )*(\[.*\])$", said)
+        self.assertEqual((connected, left.count(" disconnected "), remain), ("[]", 2, "[]"))
+
+    def test_programs(self) -> None:
+        for heading, condition in PROGRAMS.items():
+            with self.subTest(heading), self.start(heading):
+                self.open().wait_for(condition)
+
+    def test_rooms(self) -> None:
+        heading = "A chat with rooms, where a cookie decides who may subscribe"
+        with self.start(heading), WebSocketClient(self.url) as stranger:
+            for message in "subscribe", "say":
+                stranger.send_json({"channel": "rooms/tea", "message": message, "payload": "x"})
+                self.assertEqual(stranger.recv_text(), "ERROR : 403 - This is not your room")
+            page = self.page(self.url)
+            page.evaluate("fetch('/login', {method: 'POST', "
+                          "body: new URLSearchParams('name=bob')})")
+            page.navigate(f"{self.url}/tea")
+            page.wait_console("Subscription ready")
+            page.evaluate("(say[0].value = '<b>Hi', say.requestSubmit())")
+            page.wait_for(r"said.textContent === 'bob: <b>Hi\n'")
+            self.assertEqual(page.evaluate("fetch('/lab').then(answer => answer.status)"), 403)
+
+    def test_a_notebook(self) -> None:
+        with self.start("A notebook that pushes to a tab", "-i") as notebook:
+            page = self.open()
+            notebook.type('broadcast("____", "result", {"loss": 0.125})\n')
+            page.wait_for("document.querySelector('pre').textContent.includes('0.125')")
+
+    def test_beside_flask(self) -> None:
+        if not importlib.util.find_spec("flask"):
+            self.skipTest("needs Flask")
+        with self.start("Beside Flask or FastAPI, on another port", port="5000"):
+            page = self.open(f"http://127.0.0.1:{self.ports['5000']}")
+            page.evaluate("fetch('/save', {method: 'POST'})", await_promise=False)
+            page.wait_console("saved")
+
+    def test_the_handlers(self) -> None:
+        pages = {"/hello/%3CAda": b"Hello, &lt;Ada!", "/add/1/2?times=3": b'{"sum":9}',
+                 "/report": b"a,b\n1,2\n"}
+        with self.start("Server", then="up()\n"):
+            for path, body in pages.items():
+                self.assertEqual(request("GET", self.url + path).body, body)
+            with self.assertRaises(Refused):
+                WebSocketClient(self.url, headers={"User-Agent": "Robot"})
+            with WebSocketClient(self.url) as client:
+                client.send_text("raw")
+                client.send_json({"channel": "room/tea", "message": "say", "payload": 1})
+                self.assertEqual([client.recv_text(), client.recv_text()], ["raw", "said"])
+
+    def test_the_browser(self) -> None:
+        self.app.channels_support("room")
+        with serve(self.app) as url:
+            for block in self.texts("Browser", "js"):
+                page = self.live_page(url)
+                page.evaluate(f"(async () => {{ {block} }})()")
+                if "// ERROR" in block:
+                    page.wait_console(block.partition("// ")[2].partition("\n")[0])
+                self.assertEqual(page.errors, [])
+        with self.start("Browser", then="up()\n"):
+            for path in "/inline", "/file":
+                self.open(self.url + path)
+
+    def test_on_the_network(self) -> None:
+        pem = certificate(self.folder)
+        for name in "fullchain.pem", "privkey.pem":
+            shutil.copy(pem, self.folder / name)
+        with self.start("On the network", port="443"):
+            url = f"https://127.0.0.1:{self.ports['443']}"
+            self.assertEqual(request("GET", url, {"Host": "live.example.com"}).status, 200)
+            self.assertEqual(request("GET", url).status, 403)
+
+    def test_behind_nginx(self) -> None:
+        nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not nginx:
+            self.skipTest("needs nginx")
+        heading, pem = "Behind nginx, with TLS, under a prefix", certificate(self.folder)
+        server = re.sub(r"/etc/ssl/\w+\.pem", str(pem), self.texts(heading, "nginx")[0])
+        (self.folder / "nginx.conf").write_text(
+            NGINX_HTTP.format(self.folder, self.with_ports(server)))
+        command = [nginx, "-p", str(self.folder), "-c", "nginx.conf", "-e", "log"]
+        subprocess.run(command, check=True)
+        self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+        url, host = f"https://127.0.0.1:{self.ports['443']}/live/", {"Host": "example.com"}
+        with self.start(heading):
+            self.assertIn(b'data-path="/live/"', request("GET", url, host).body)
+            WebSocketClient(url, headers=host, origin="https://example.com").close()
+            with self.assertRaises(Refused):
+                WebSocketClient(url, headers=host, origin="https://example.org")
 
 
 if __name__ == "__main__":

@@ -2060,7 +2060,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   const page = Object(window)
   const path = document.currentScript?.dataset.path || '/'
-  const url = location.protocol.replace('http', 'ws') + '//' + location.host + path
+  const url = new URL(path, location.href).href.replace('http', 'ws')
 
   /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */
   let state = 'connecting'

@@ -1,0 +1,2622 @@
+"""webchannels: browser-server messaging over WebSockets, in one file with no dependency.
+
+    from webchannels import *
+
+    @route("/")
+    def index():
+        return channels_support() + "<h1>Live</h1>"
+
+    @channel("/____/echo")
+    def echo():
+        return f"Received: {params('payload')}"
+
+    up()                              # http://127.0.0.1:8000
+
+`route()` maps HTTP paths to handlers, and `channel()` maps WebSocket messages to handlers in the
+same way: `/____/echo` is the message `echo` on the channel `____`. `channels_support()` puts the
+browser client into the page, `broadcast()` pushes to every subscriber of a channel, and
+`connected_clients()` lists who is there. Handlers are `def` or `async def`; they take nothing and
+ask `params()`, or take what they need by name: `def echo(payload, client)`.
+
+The rooms of this file, in the order in which data flows: config, router, http, websocket,
+messages, clients, app, default app, channels.js, demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import atexit
+import base64
+import codecs
+import collections
+import concurrent.futures
+import contextlib
+import contextvars
+import email.utils
+import errno
+import functools
+import hashlib
+import html
+import http.client
+import http.cookies
+import inspect
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import signal
+import socket
+import ssl as ssl_module
+import sys
+import threading
+import time
+import urllib.parse
+import weakref
+import webbrowser
+import zlib
+from dataclasses import dataclass
+from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
+
+__version__ = "1.0.0"
+__all__ = [
+    "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response", "WebChannels",
+    "broadcast", "channel", "channels_script", "channels_support", "config", "connected_clients",
+    "disconnected_clients", "down", "on_connect", "on_disconnect", "params", "route", "serve",
+    "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
+    "unsubscribe_disconnected_clients", "up",
+]
+logger = logging.getLogger("webchannels")
+H = TypeVar("H", bound=Callable[..., Any])
+
+# ------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    """Every setting of an app, to be set before `up()`. Sizes are in bytes, times in seconds."""
+
+    server_host: str = "127.0.0.1"  # what up() listens on when it is not told
+    server_port: int = 8000  # the same; 0 picks a free port
+    websockets_server: bool = True  # False: every WebSocket handshake is answered 404
+    websockets_path: str = "/"  # where the WebSocket lives; a page may have the same path
+    base_path: str = ""  # the prefix that a reverse proxy strips, such as "/live"
+    default_channel: str = "____"  # the channel of channels_support()
+    # Whose pages may connect and post. None: same origin only; ["https://example.com"]; "*": any.
+    allowed_origins: str | Sequence[str] | None = None
+    # The Host names that are answered. None: on a loopback address only loopback names (this
+    # stops DNS rebinding), elsewhere any; or a list, such as ["example.com"].
+    allowed_hosts: Sequence[str] | None = None
+    max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
+    max_body_size: int = 1024 * 1024  # of a request; past it 413
+    max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
+    max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
+    max_subscriptions: int = 1000  # channels for each client
+    max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
+    handshake_timeout: float = 10  # for a request, a frame or a closing handshake to arrive
+    keep_alive_timeout: float = 75  # for an HTTP connection to be idle
+    ping_interval: float = 20  # a client silent for so long is sent a ping; 0: never
+    ping_timeout: float = 20  # and dropped when it is silent for so long after it
+    shutdown_timeout: float = 5  # for handlers to finish and clients to close
+    disconnected_ttl: float = 60  # for which disconnected_clients() lists a client that left
+    compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
+    compression_threshold: int = 1024  # shorter messages are sent as they are
+    json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
+
+
+# ------------------------------------------------------------------------------------- router
+
+# What `:name::int` and the others match, most specific first: the order in which they are tried.
+# ASCII digits only: int() and float() would also take "1_0", " 1" and other scripts' digits.
+_SEGMENTS: dict[type, re.Pattern[str]] = {
+    int: re.compile(r"-?[0-9]{1,300}"),
+    float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
+    str: re.compile(r".+", re.DOTALL),
+}
+
+
+class Endpoint:
+    """A handler, the names that it takes, and whether it runs in a thread."""
+
+    def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
+                 supplied: set[str] | None = None) -> None:
+        """`supplied` are the names that a call will have; None: that is not known yet.
+
+        Raises TypeError for a handler that cannot be called with these, ValueError for a path.
+        """
+        self.handler, self.threaded = handler, threaded
+        self.name: str = getattr(handler, "__qualname__", repr(handler))
+        self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
+        if not path.startswith("/") or len(set(self.path_names)) < len(self.path_names):
+            raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
+        if threaded and inspect.iscoroutinefunction(handler):
+            raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
+        try:
+            parameters = inspect.signature(handler).parameters.values()
+        except ValueError:  # some built-ins do not tell: they are called with nothing
+            parameters = {}.values()
+        named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD,
+                                                                  each.VAR_POSITIONAL)]
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        self.takes = [each.name for each in named]
+        self.required = [each.name for each in named if each.default is each.empty]
+        known = (supplied or set(self.required)).union(self.path_names)
+        for name in set(self.required) - known:
+            raise TypeError(f"{self.name} asks for {name!r}, which it cannot get; it can ask for "
+                            f"{', '.join(sorted(known))}")
+
+    def __call__(self, given: dict[str, Any]) -> Any:
+        """Call the handler with what it takes of `given`."""
+        if self.takes_any:
+            return self.handler(**given)
+        return self.handler(**{name: given[name] for name in self.takes if name in given})
+
+
+def _parse_segment(segment: str) -> tuple[str, type]:
+    name, _, kind = segment[1:].partition("::")
+    for known in _SEGMENTS:
+        if name.isidentifier() and known.__name__ == (kind or "str"):
+            return name, known
+    raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
+
+
+Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
+
+
+class Router:
+    """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints; used for routes and channels.
+
+    Static paths are one dict look-up. Others are found in a tree by segments, so the cost does not
+    grow with their number. Static segments win over typed ones, int over float over str. There
+    may be an endpoint for each method under one path; channels use the method "".
+    """
+
+    def __init__(self) -> None:
+        self._static: dict[str, Found] = {}
+        self._tree: dict[Any, Any] = {}  # by segment or type; the endpoints are under None
+
+    def add(self, path: str, endpoint: Endpoint, method: str = "") -> None:
+        """Register `endpoint` in place of any that is there."""
+        node = self._tree
+        for part in path.split("/")[1:]:
+            node = node.setdefault(_parse_segment(part)[1] if part[:1] == ":" else part, {})
+        endpoints = node.setdefault(None, {})
+        endpoints[method] = endpoint
+        if not endpoint.path_names:
+            self._static[path] = (endpoints, ())
+
+    def find(self, path: str, decode: bool = False) -> Found | None:
+        """The endpoints at `path`, by method, and the values of its typed segments.
+
+        `decode`: the path is percent-encoded. Raises UnicodeDecodeError if that is not UTF-8.
+        """
+        if path in self._static:
+            return self._static[path]
+        segments = path.split("/")[1:]
+        if decode and "%" in path:  # by segments: %2F must not become a separator
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        return self._walk(self._tree, segments, 0, ())
+
+    def _walk(self, node: dict[Any, Any], segments: list[str], at: int,
+              values: tuple[Any, ...]) -> Found | None:
+        if at == len(segments):
+            return (node[None], values) if None in node else None
+        segment = segments[at]
+        found = self._walk(node[segment], segments, at + 1, values) if segment in node else None
+        for kind, pattern in _SEGMENTS.items():
+            if found is None and kind in node and pattern.fullmatch(segment):
+                found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
+        return found
+
+
+# --------------------------------------------------------------------------------------- http
+
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_BARE_CR = re.compile(rb"\r(?=[^\n])")
+_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
+_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?")
+_MAX_CHUNK_LINE = 256
+
+
+class HTTPError(Exception):
+    """Raised by a handler to answer with a status and text: `raise HTTPError(404, "No such page")`.
+
+    Without `text` it is the status's standard phrase.
+    """
+
+    def __init__(self, status: int, text: str | None = None,
+                 headers: Mapping[str, str] | None = None) -> None:
+        self.status = status
+        self.text = http.client.responses.get(status, "").capitalize() if text is None else text
+        self.response = Response(self.text, status, headers, "text/plain; charset=utf-8")
+        super().__init__(f"{status} {self.text}")
+
+
+class Request:
+    """An HTTP request: `.method .target .path .query .headers .body .address .cookies`.
+
+    `path` and `query` are percent-encoded, as they came; `headers` has lower-case names, repeated
+    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address.
+    """
+
+    __slots__ = ("address", "body", "headers", "http_1_0", "method", "path", "query", "target")
+
+    def __init__(self, method: str, target: str, headers: dict[str, str], http_1_0: bool) -> None:
+        self.method, self.target, self.headers, self.http_1_0 = method, target, headers, http_1_0
+        self.path, _, self.query = target.partition("?")
+        self.body = b""
+        self.address = ""
+
+    def __repr__(self) -> str:
+        return f"<Request {self.method} {self.target} from {self.address}>"
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies by name; none if they cannot be read."""
+        try:
+            jar = http.cookies.SimpleCookie(self.headers.get("cookie"))
+        except http.cookies.CookieError:
+            return {}
+        return {name: morsel.value for name, morsel in jar.items()}
+
+    def members(self, name: str) -> list[str]:
+        """The lower-case members of a comma-separated header field (RFC 9110, 5.6.1)."""
+        return [each.strip(" \t").lower() for each in self.headers.get(name, "").split(",")]
+
+    def params(self) -> dict[str, Any]:
+        """What query, form and JSON body say; `payload` is the JSON body as a whole.
+
+        Raises HTTPError 400 for what cannot be read.
+        """
+        found: dict[str, Any] = {}
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        form = self.body if kind == "application/x-www-form-urlencoded" else b""
+        try:
+            for text in filter(None, (self.query, form.decode())):
+                found.update(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict",
+                                                    max_num_fields=1000))
+            if self.body and (kind == "application/json" or kind.endswith("+json")):
+                payload = load_json(self.body.decode())
+                found.update(payload if isinstance(payload, dict) else {}, payload=payload)
+        except ValueError:
+            raise HTTPError(400, "The parameters cannot be read") from None
+        return found
+
+
+class Response:
+    """An HTTP answer. `body` is str (HTML), bytes, or anything that JSON knows.
+
+    `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for a
+    header that would break out of its line or that the server sets, TypeError for a bad body.
+    """
+
+    __slots__ = ("body", "headers", "status")
+
+    def __init__(self, body: Any = "", status: int = 200,
+                 headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
+                 content_type: str | None = None, *,
+                 json_default: Callable[[Any], Any] | None = None) -> None:
+        self.status = status
+        pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
+        self.headers: list[tuple[str, str]] = list(pairs or ())
+        if isinstance(body, str):
+            self.body, kind = body.encode(), "text/html; charset=utf-8"
+        elif isinstance(body, (bytes, bytearray, memoryview)):
+            self.body, kind = bytes(body), "application/octet-stream"
+        else:
+            self.body, kind = dump_json(body, json_default).encode(), "application/json"
+        names = {name.lower() for name, _ in self.headers}
+        if self.body and "content-type" not in names:
+            self.headers.append(("Content-Type", content_type or kind))
+        if not 200 <= status <= 599:
+            raise ValueError(f"the status of an answer is 200 to 599, not {status}")
+        if names & {"connection", "content-length", "date", "transfer-encoding"}:
+            raise ValueError("Connection, Content-Length, Date and Transfer-Encoding are not yours")
+        for name, value in self.headers:
+            if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
+                raise ValueError(f"not a header field: {name!r}: {value!r}")
+
+    def encode(self, head_only: bool = False, close: bool = False) -> bytes:
+        """The answer as bytes; `close`: the connection ends with it."""
+        phrase = http.client.responses.get(self.status, "")
+        lines = [f"HTTP/1.1 {self.status} {phrase}\r\nDate: {_date(int(time.time()))}"]
+        lines += [f"{name}: {value}" for name, value in self.headers]
+        lines.append("X-Content-Type-Options: nosniff")
+        has_body = self.status not in (204, 304)  # RFC 9110, 6.4.1
+        if has_body:
+            lines.append(f"Content-Length: {len(self.body)}")
+        lines.append("Connection: close\r\n\r\n" if close else "\r\n")
+        head = "\r\n".join(lines).encode("latin-1", "replace")
+        return head + self.body if has_body and not head_only else head
+
+
+@functools.lru_cache(maxsize=2)
+def _date(now: int) -> str:
+    return email.utils.formatdate(now, usegmt=True)
+
+
+class RequestReader:
+    """Reads HTTP/1.1 requests (RFC 9112): bytes in by `receive()`, requests out by `next()`.
+
+    It does no I/O. What two readers might understand differently is refused, never repaired.
+    """
+
+    def __init__(self, max_header_size: int, max_body_size: int) -> None:
+        self.buffer = bytearray()  # what is not yet understood; after an upgrade, not HTTP
+        self.begun = False  # has a part of the next request arrived?
+        self.expects_continue = False
+        self._max_header_size, self._max_body_size = max_header_size, max_body_size
+        self._requests = self._read()
+
+    def receive(self, data: bytes) -> None:
+        """Take bytes from the peer."""
+        self.buffer += data
+
+    def next(self) -> Request | None:
+        """The next complete request, or None. Raises HTTPError; then nothing more may be read."""
+        return next(self._requests)
+
+    # What follows are generators: they yield None where more bytes are needed.
+
+    def _read(self) -> Iterator[Request | None]:
+        while True:
+            line = ""
+            while not line:  # RFC 9112, 2.2: empty lines before a request are ignored
+                self.begun = False
+                line = yield from self._line(self._max_header_size, 414)
+            self.begun = True
+            match = _REQUEST_LINE.fullmatch(line)
+            if not match:
+                raise HTTPError(400, "Bad request line")
+            if match[3] != "1":
+                raise HTTPError(505)
+            headers = yield from self._fields(self._max_header_size - len(line) - 2)
+            request = _parse_request(match[1], match[2], headers, match[4] == "0")
+            length = _body_length(request)
+            expect = headers.get("expect", "").lower()
+            if expect not in ("", "100-continue"):
+                raise HTTPError(417)
+            self.expects_continue = bool(expect and length != 0 and not request.http_1_0)
+            request.body = yield from self._chunks() if length < 0 else self._take(length, 0)
+            self.expects_continue = False
+            yield request
+
+    def _line(self, limit: int, status: int) -> Any:
+        """The next line without its CRLF; `status` is the answer to one over the limit."""
+        while True:
+            end = self.buffer.find(b"\n", 0, limit)
+            if _BARE_CR.search(self.buffer, 0, limit if end < 0 else end):
+                raise HTTPError(400, "Bad line ending")
+            if end >= 0:
+                break
+            if len(self.buffer) >= limit:
+                raise HTTPError(status)
+            self.begun = self.begun or bool(self.buffer)
+            yield None
+        line = self.buffer[:end + 1].decode("latin-1")
+        del self.buffer[:end + 1]
+        if not line.endswith("\r\n") or _CONTROL.search(line, 0, end - 1):
+            raise HTTPError(400, "Bad line ending")
+        return line[:-2]
+
+    def _take(self, size: int, before: int) -> Any:
+        """`size` bytes of a body of which there were some before."""
+        if before + size > self._max_body_size:
+            raise HTTPError(413)
+        while len(self.buffer) < size:
+            yield None
+        part = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return part
+
+    def _fields(self, room: int) -> Any:
+        """The header or trailer section."""
+        headers: dict[str, str] = {}
+        while True:
+            line = yield from self._line(room, 431)
+            if not line:
+                return headers
+            room -= len(line) + 2
+            name, colon, value = line.partition(":")
+            if not colon or not _TOKEN.fullmatch(name):  # this refuses folded lines, too
+                raise HTTPError(400, "Bad header field")
+            name, value = name.lower(), value.strip(" \t")
+            if name in headers:
+                value = headers[name] + ("; " if name == "cookie" else ", ") + value
+            headers[name] = value
+
+    def _chunks(self) -> Any:
+        """A chunked body (RFC 9112, 7.1)."""
+        body = bytearray()
+        while True:
+            match = _CHUNK_SIZE.fullmatch((yield from self._line(_MAX_CHUNK_LINE, 400)))
+            if not match:
+                raise HTTPError(400, "Bad chunk size")
+            size = int(match[1], 16)
+            if not size:
+                yield from self._fields(self._max_header_size)  # checked, then dropped
+                return bytes(body)
+            body += yield from self._take(size, len(body))
+            if (yield from self._take(2, 0)) != b"\r\n":
+                raise HTTPError(400, "Bad chunk")
+
+
+def _parse_request(method: str, target: str, headers: dict[str, str], http_1_0: bool) -> Request:
+    hosts = [headers.get("host", "none" if http_1_0 else "")]
+    if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
+        headers["host"], slash, rest = target.partition("://")[2].partition("/")
+        hosts.append(headers["host"])
+        target = slash + rest or "/"
+    elif method == "CONNECT":
+        raise HTTPError(501)
+    elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
+        raise HTTPError(400, "Bad request target")
+    # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
+    if not all(map(_HOST.fullmatch, hosts)):
+        raise HTTPError(400, "One valid Host is needed")
+    return Request(method, target, headers, http_1_0)
+
+
+def _body_length(request: Request) -> int:
+    """The body's length (RFC 9112, 6.3); -1: it is chunked."""
+    length, coding = map(request.headers.get, ("content-length", "transfer-encoding"))
+    if coding is None:
+        length = "0" if length is None else length
+        if not re.fullmatch("[0-9]{1,18}", length):  # no sign, no space, not two of them
+            raise HTTPError(400, "Bad Content-Length")
+        return int(length)
+    codings = request.members("transfer-encoding")
+    if length is not None or request.http_1_0 or "chunked" in codings[:-1]:
+        raise HTTPError(400, "Bad Transfer-Encoding")
+    if codings != ["chunked"]:
+        raise HTTPError(501, "Only chunked is implemented")
+    return -1
+
+
+# ---------------------------------------------------------------------------------- websocket
+
+CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes: RFC 6455, 5.2
+FAIL = -1  # the event of a broken rule; no opcode
+SUBPROTOCOL = "webchannels.v1"
+_KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+_PARAMETER = re.compile(rf"\s*({_TOKEN.pattern})\s*(?:=\s*(?:({_TOKEN.pattern})|\"(.*)\")\s*)?")
+# What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
+# as such, the message ended in the middle of a block.
+_DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
+_MAX_FINAL_BLOCKS = 16  # in one message; a flood of them would take long
+_BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
+
+# (TEXT, str), (BINARY, bytes), (PING, bytes), (PONG, bytes), (CLOSE, (code, reason)) or
+# (FAIL, ProtocolError). A plain tuple, since there is one for each message.
+Event = tuple[int, Any]
+# How a client wants its messages: does it speak webchannels.v1, and with which window bits are
+# they deflated (0: they are not)?
+Dialect = tuple[bool, int]
+
+
+class ProtocolError(Exception):
+    """The peer broke a rule of RFC 6455 or 7692; `code` is the close code to fail with."""
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(f"{code} {reason}")
+        self.code, self.reason = code, reason
+
+
+def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
+    """The answer to an opening handshake (RFC 6455, 4.2), and what was agreed on.
+
+    Raises HTTPError 400, 405 or 426.
+    """
+    headers = request.headers
+    if request.method != "GET":
+        raise HTTPError(405, headers={"Allow": "GET"})
+    if request.http_1_0 or request.body or "upgrade" not in request.members("connection"):
+        raise HTTPError(400, "A WebSocket needs HTTP/1.1, Connection: Upgrade and no body")
+    if headers.get("sec-websocket-version") != "13":
+        raise HTTPError(426, headers={"Sec-WebSocket-Version": "13", "Upgrade": "websocket"})
+    key = headers.get("sec-websocket-key", "")
+    try:
+        valid = len(key) == 24 and len(base64.b64decode(key, validate=True)) == 16
+    except ValueError:
+        valid = False
+    if not valid:
+        raise HTTPError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
+    accept = base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
+             f"Sec-WebSocket-Accept: {accept}"]
+    offered = headers.get("sec-websocket-protocol", "").split(",")
+    v1 = SUBPROTOCOL in map(str.strip, offered)  # compared as it stands: case matters
+    if v1:
+        lines.append(f"Sec-WebSocket-Protocol: {SUBPROTOCOL}")
+    offers = headers.get("sec-websocket-extensions", "") if compression else ""
+    agreed, bits = negotiate_deflate(offers)
+    if agreed:
+        lines.append(f"Sec-WebSocket-Extensions: {agreed}")
+    return "\r\n".join([*lines, "", ""]).encode(), (v1, bits)
+
+
+def negotiate_deflate(header: str) -> tuple[str, int]:
+    """The answer to the first offer that can be met, and the server's window bits; or ("", 0).
+
+    Neither side takes over context (RFC 7692, 7.1.1): an idle client then costs no zlib state,
+    and a broadcast is deflated once for all. An offer with a parameter that is unknown, repeated
+    or out of range is declined (7.1), and so is a server window of 8 bits: zlib has none.
+    """
+    for offer in header.split(","):
+        name, *parts = offer.split(";")
+        matches = [_PARAMETER.fullmatch(part) for part in parts]
+        found = {match[1]: match[2] if match[3] is None else match[3] for match in matches if match}
+        if name.strip().lower() != "permessage-deflate" or len(found) != len(parts):
+            continue
+        agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+        for key, value in found.items():
+            bits = re.fullmatch("9|1[0-5]", value or "")
+            if (key == "server_max_window_bits" and bits
+                    or key == "client_max_window_bits" and (bits or value == "8")):
+                agreed += f"; {key}={value}"
+            elif value is not None or key not in (
+                    "server_no_context_takeover", "client_no_context_takeover",
+                    "client_max_window_bits"):
+                break
+        else:
+            return agreed, int(found.get("server_max_window_bits", 15))
+    return "", 0
+
+
+def unmask(data: bytes, mask: bytes) -> bytes:
+    """Undo (or do) the masking of RFC 6455, 5.3."""
+    size = len(data)
+    if size <= _BLOCK:
+        key = int.from_bytes((mask * ((size + 3) >> 2))[:size], "little")
+        return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
+    key = int.from_bytes(mask * (_BLOCK // 4), "little")
+    end = size - size % _BLOCK
+    blocks = [(int.from_bytes(data[at:at + _BLOCK], "little") ^ key).to_bytes(_BLOCK, "little")
+              for at in range(0, end, _BLOCK)]
+    return b"".join(blocks) + unmask(data[end:], mask)
+
+
+class FrameReader:
+    """Reads a client's frames (RFC 6455, 5): bytes in, events out, no I/O, no clock.
+
+    Text is checked and messages are inflated as their bytes arrive, so that what is bad or too
+    long is refused at its first byte. After a Close frame or a failure everything is ignored.
+    """
+
+    __slots__ = ("_compressed", "_decoder", "_done", "_final", "_final_blocks", "_head", "_inflate",
+                 "_inflater", "_joined", "_left", "_mask", "_max", "_opcode", "_parts", "_size", "frames",
+                 "more", "unfinished")
+
+    def __init__(self, max_message_size: int, inflate: bool = False) -> None:
+        """`inflate`: was permessage-deflate agreed on?"""
+        self._max, self._inflate = max_message_size, inflate
+        self.frames = 0  # how many were begun
+        self._left = 0  # how much is to come of a data frame's payload
+        self._mask = b""
+        self._final = False
+        self._reset()
+        self._end(done=False)
+
+    def _end(self, done: bool) -> None:
+        self._done = done
+        self._head = b""  # of a frame whose header, or control frame that, has not fully arrived
+        self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
+        self.more = False  # is there more to come of what has arrived, by receive(b"")?
+
+    def _reset(self) -> None:
+        self._opcode = self._size = 0  # of the message that has not fully arrived; 0: there is none
+        self._compressed = False
+        self._parts: list[Any] = []
+        self._joined = 0  # how many of them stand for a thousand
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self._inflater: Any = None
+        self._final_blocks = 0
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Take bytes from the peer, and return what they complete."""
+        events: list[Event] = []
+        try:
+            if not self._done:
+                self._receive(data, events)
+        except ProtocolError as error:
+            events.append((FAIL, error))
+        if events and events[-1][0] in (FAIL, CLOSE):
+            self._end(done=True)
+            self._reset()
+        return events
+
+    def _receive(self, data: bytes, events: list[Event]) -> None:
+        at = 0
+        if self._left:
+            at = self._payload(data, 0, events)
+        elif self._head:
+            data = self._head + data
+            self._head = b""
+        self.more = False
+        self.unfinished = self._left
+        end = len(data)
+        last = self.frames + 1000
+        while end - at >= 2 and not self.more:
+            if self.frames == last:  # of tiny frames a chunk holds tens of thousands
+                self.more = True
+                break
+            first = data[at]
+            start = at + 6
+            stop = start + data[at + 1] - 128
+            # The common frame: a short text message, masked and in one piece.
+            if first == 0x81 and 6 <= stop - at < 132 and stop <= end and not self._opcode:
+                self._check_size(stop - start)
+                self.frames += 1
+                try:
+                    text = str(unmask(data[start:stop], data[start - 4:start]), "utf-8")
+                except UnicodeDecodeError:
+                    raise ProtocolError(1007, "text is not UTF-8") from None
+                events.append((TEXT, text))
+                at = stop
+                continue
+            self._check(first, data[at + 1])
+            length = data[at + 1] & 127
+            if length > 125:
+                size = 2 if length == 126 else 8
+                start += size
+                length = int.from_bytes(data[at + 2:at + 2 + size], "big")
+                least, most = (126, 65535) if size == 2 else (65536, (1 << 63) - 1)
+                if end - at >= 2 + size and not least <= length <= most:
+                    raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
+            if start > end or first & 8 and start + length > end:
+                break
+            self.frames += 1
+            self._mask = data[start - 4:start]
+            if first & 8:
+                at = start + length
+                payload = unmask(data[start:at], self._mask)
+                if first & 15 == CLOSE:
+                    events.append((CLOSE, _parse_close(payload)))
+                    return
+                events.append((first & 15, payload))
+            else:
+                if first & 15:
+                    self._opcode, self._compressed = first & 15, bool(first & 0x40)
+                if not self._compressed:
+                    self._check_size(length)
+                self._final = bool(first & 0x80)
+                self._left = self.unfinished = length
+                at = self._payload(data, start, events)
+        self.more = self.more and at < end
+        if at < end:
+            self._head = data[at:]
+            self.unfinished = len(self._head)
+
+    def _check(self, first: int, second: int) -> None:
+        """The rules for a frame's first two bytes (RFC 6455, 5.1 to 5.5; RFC 7692, 6)."""
+        opcode = first & 15
+        if not second & 128:
+            raise ProtocolError(1002, "frame not masked")
+        if first & 0x70 and not (first & 0x70 == 0x40 and self._inflate and opcode in (1, 2)):
+            raise ProtocolError(1002, "reserved bit set")
+        if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
+            raise ProtocolError(1002, "reserved opcode")
+        if opcode >= CLOSE:
+            if not first & 128 or second & 127 > 125:
+                raise ProtocolError(1002, "control frame fragmented or too long")
+        elif bool(opcode) == bool(self._opcode):
+            raise ProtocolError(1002, "message inside another" if opcode else "nothing to continue")
+
+    def _check_size(self, more: int) -> None:
+        if self._size + more > self._max:
+            raise ProtocolError(1009, "message too long")
+
+    def _payload(self, data: bytes, start: int, events: list[Event]) -> int:
+        """Take what has arrived of a data frame's payload; return where it stops."""
+        part = data[start:start + self._left]
+        size = len(part)
+        self._left -= size
+        if part:
+            part = unmask(part, self._mask)
+            self._mask = (self._mask * 2)[size & 3:][:4]
+            self._add(self._inflated(part) if self._compressed else part)
+        if not self._left:
+            self.unfinished = 0
+        if not self._left and self._final:
+            if self._compressed:
+                self._add(self._inflated(_DEFLATE_TAIL))
+                if not self._inflater.eof:
+                    raise ProtocolError(1007, "deflate data cut short")
+                self.more = True  # a chunk can hold hundreds of bombs: one message at a time
+            if self._opcode == TEXT:
+                self._add(b"", final=True)
+            empty: Any = "" if self._opcode == TEXT else b""
+            events.append((self._opcode, empty.join(self._parts)))
+            self._reset()
+        return start + size
+
+    def _add(self, part: bytes, final: bool = False) -> None:
+        """Add to the message what is plain by now."""
+        self._size += len(part)
+        if len(self._parts) - self._joined > 1000:  # of tiny fragments each costs 60 bytes
+            tail = self._parts[self._joined:]
+            self._parts[self._joined:] = [tail[0][:0].join(tail)]
+            self._joined += 1
+        if self._opcode == BINARY:
+            self._parts.append(part)
+            return
+        self._decoder = self._decoder or codecs.getincrementaldecoder("utf-8")()
+        try:
+            self._parts.append(self._decoder.decode(part, final))
+            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
+            # (ED A0 to ED BF) only at their third.
+            rest = self._decoder.getstate()[0]
+            if rest[:1] == b"\xed" and rest[1:] > b"\x9f":
+                rest.decode()
+        except UnicodeDecodeError:
+            raise ProtocolError(1007, "text is not UTF-8") from None
+
+    def _inflated(self, part: bytes) -> bytes:
+        """Inflate, but never past what the message may still grow by."""
+        plain = b""
+        while part:
+            if self._inflater is None or self._inflater.eof:
+                # A final block may come before the message's end (RFC 7692, 7.2.3.4).
+                self._inflater = zlib.decompressobj(-15)
+                self._final_blocks += 1
+            try:
+                plain += self._inflater.decompress(part, self._max - self._size - len(plain) + 1)
+            except zlib.error:
+                raise ProtocolError(1007, "bad deflate data") from None
+            self._check_size(len(plain))
+            if self._final_blocks > _MAX_FINAL_BLOCKS:
+                raise ProtocolError(1007, "too many final blocks")
+            part = self._inflater.unused_data
+        return plain
+
+
+def _parse_close(payload: bytes) -> tuple[int, str]:
+    """A Close frame's code and reason (RFC 6455, 5.5.1); 1005 stands for none (7.1.5)."""
+    code = int.from_bytes(payload[:2], "big") if payload else 1005
+    if payload and (len(payload) == 1 or not is_wire_close_code(code)):
+        raise ProtocolError(1002, "bad close code")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError:
+        raise ProtocolError(1007, "close reason is not UTF-8") from None
+
+
+def is_wire_close_code(code: int) -> bool:
+    """May this code stand in a Close frame (RFC 6455, 7.4, and the IANA registry)?"""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
+    """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2)."""
+    first = (0xC0 if compressed else 0x80) | opcode
+    size = len(payload)
+    if size < 126:
+        return bytes((first, size)) + payload
+    width = 2 if size < 65536 else 8
+    return bytes((first, 126 if width == 2 else 127)) + size.to_bytes(width, "big") + payload
+
+
+def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
+    """The frame of a message; deflated by itself (RFC 7692, 7.2.1) where that is of use."""
+    if bits and len(body) >= threshold:
+        deflater = zlib.compressobj(wbits=-bits)
+        packed = deflater.compress(body) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        if len(packed) - 4 < len(body):
+            return encode_frame(opcode, packed[:-4], compressed=True)
+    return encode_frame(opcode, body)
+
+
+# ----------------------------------------------------------------------------------- messages
+
+
+class ChannelError(Exception):
+    """Raised by a channel's handler: the sender is told the text as it is."""
+
+
+def _refuse(text: str) -> Any:
+    raise ValueError(f"{text[:20]} is not taken")
+
+
+# Newer Pythons refuse integers of over 4,300 digits by themselves: their cost is quadratic.
+_decoder = json.JSONDecoder(
+    parse_constant=_refuse, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
+    lambda text: int(text) if len(text) <= 4300 else _refuse(text))
+_strict = functools.partial(json.JSONEncoder, ensure_ascii=False, allow_nan=False,
+                            separators=(",", ":"))
+_encoder = _strict()
+_quote = _encoder.encode
+
+
+def load_json(text: str) -> Any:
+    """Parse JSON to the letter (RFC 8259: no NaN). Raises ValueError, also for deep nesting."""
+    try:
+        return _decoder.decode(text)
+    except RecursionError:
+        raise ValueError("JSON nested too deep") from None
+
+
+def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON as JavaScript's own makes it: NaN and the infinities become null.
+
+    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
+    """
+    encoder = _encoder if default is None else _strict(default=default)
+    known = encoder.default
+    try:
+        try:
+            return encoder.encode(value)
+        except ValueError:  # NaN, an infinity, or a circle: _finite() finds out
+            return _strict(default=lambda other: _finite(known(other))).encode(_finite(value))
+    except RecursionError:
+        raise ValueError("the payload is circular or nested too deep") from None
+    except TypeError as error:
+        raise TypeError(f"{error}: set config.json_default to what converts it") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Push:
+    """A message to clients: checked once, and encoded once for each dialect."""
+
+    __slots__ = ("_bodies", "_frames", "_opcode", "_threshold")
+
+    def __init__(self, settings: Config, channel: str, message: str | bytes,
+                 payload: Any = None) -> None:
+        """Raises TypeError or ValueError for what cannot be sent."""
+        self._opcode, self._threshold = TEXT, settings.compression_threshold
+        self._frames: dict[Dialect, bytes] = {}
+        if isinstance(message, str):
+            body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
+            if payload is not None:
+                body += f',"payload":{dump_json(payload, settings.json_default)}'
+            enveloped = f"{body}}}".encode()
+            # Without the subprotocol a plain string travels as it is.
+            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
+        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+            self._opcode, self._bodies = BINARY, (bytes(message),) * 2
+        else:
+            raise TypeError("a message is str or bytes; anything else is the payload of a str")
+        check_size(settings, self._bodies[1])
+
+    def frame(self, dialect: Dialect) -> bytes:
+        """The frame for clients of this dialect."""
+        frame = self._frames.get(dialect)
+        if frame is None:
+            frame = self._frames[dialect] = encode_message(
+                self._opcode, self._bodies[dialect[0]], dialect[1], self._threshold)
+        return frame
+
+
+def check_size(settings: Config, body: bytes) -> None:
+    """Raises ValueError for what no client could be sent."""
+    if len(body) > settings.max_send_buffer:
+        raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
+
+
+# ------------------------------------------------------------------------------------ clients
+
+SHUT = -2  # the event of the server's going down; no opcode
+_READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
+_TURN = 256  # messages of one client handled in a row, before others have their turn
+_EMPTY = encode_frame(TEXT, b"")
+_PING = encode_frame(PING, b"")
+# What the handler that is running may ask for.
+_params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "webchannels_params", default=None)
+
+
+def _on_loop(method: H) -> H:
+    """Run a method in the thread of its app's event loop, where all state lives."""
+    @functools.wraps(method)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        app: WebChannels = getattr(self, "_app", self)
+        if threading.get_ident() == app._thread:
+            return method(self, *args, **kwargs)
+        context = contextvars.copy_context()
+        return app._call(lambda: context.run(method, self, *args, **kwargs))
+    return call  # type: ignore[return-value]
+
+
+class ChannelClient(asyncio.Protocol):
+    """A browser, or whatever else opened a WebSocket.
+
+    `.id`: str, unlike every other's, also of other processes. `.address`: the peer's IP address.
+    `.request`: the Request of the handshake. `.channels`: the names of the channels subscribed to.
+    `.data`: a dict for the program's own use. `.connected`: bool.
+    """
+
+    __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
+                 "_frame_mark", "_frames", "_heard", "_held", "_pending", "_pinged", "_queue",
+                 "_queued", "_reading", "_since", "_task", "_transport", "_writer", "address",
+                 "channels", "connected", "data", "id", "request")
+
+    def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
+                 head: bytes) -> None:
+        self._app, self._dialect = app, dialect
+        self.id = secrets.token_hex(8)
+        self.request, self.address = request, request.address
+        self.channels: set[str] = set()
+        self.data: dict[Any, Any] = {}
+        self.connected = False
+        self._transport: Any = None  # an asyncio.Transport, once the handshake is over
+        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
+        # Incoming: events that wait for the handler before them.
+        self._frames = FrameReader(app.config.max_message_size, inflate=dialect[1] > 0)
+        self._pending: collections.deque[Event] = collections.deque()
+        self._task: asyncio.Future[None] | None = None  # the handler that is awaited
+        self._held = 0  # bytes that arrived meanwhile
+        self._reading = True
+        # Outgoing: frames stay here while messages are handled (they are then written at once),
+        # and while the transport is full (here they can be counted), or not there yet.
+        self._queue: list[bytes] = [head]
+        self._queued = 0
+        self._corked = False
+        self._behind = True
+        # Life and death. The sweep looks at these.
+        self._heard = True
+        self._since = 0.0  # when the sweep last found that something had been heard
+        self._pinged = False
+        self._frame_mark = (0, 0.0)  # the unfinished frame that the sweep saw first, and when
+        self._closing = False  # a Close frame was sent, or never will be
+        self._ended = False  # the peer sends no more
+        self._deadline = 0.0  # when the connection is cut; 0: it is not closing
+
+    def __repr__(self) -> str:
+        return (f"<ChannelClient {self.id} {self.address} "
+                f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
+
+    @_on_loop
+    def send(self, message: str | bytes, payload: Any = None, *,
+             channel: str | None = None) -> bool:
+        """Push to this client alone; False if it is gone. From any thread.
+
+        `channel` is the one that the page sees: by default that of the message being handled, or
+        `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
+        """
+        given = _params.get() or {}
+        if channel is None and given.get("client") is self:
+            channel = given.get("channel")
+        settings = self._app.config
+        push = Push(settings, channel or settings.default_channel, message, payload)
+        return (self.connected or not self._transport) and self._push(push)
+
+    @_on_loop
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close the connection, after what was sent before. From any thread.
+
+        `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
+        123 bytes. Raises ValueError for others.
+        """
+        if not is_wire_close_code(code) or len(reason.encode()) > 123:
+            raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
+        self._close(code, reason)
+
+    def _attach(self, writer: asyncio.StreamWriter) -> None:
+        """Take over the connection: from now on its bytes are frames."""
+        self._app._sockets.add(self)
+        self._app._clients[self] = None
+        self._writer = writer
+        self._transport = writer.transport
+        self._transport.set_protocol(self)
+        self.connected = True
+        self.resume_writing()
+        # Paused first: after an end of stream this reads it again, now for this client.
+        self._transport.pause_reading()
+        self._transport.resume_reading()
+
+    # What the transport calls.
+
+    def data_received(self, data: bytes) -> None:
+        """The peer's bytes."""
+        self._heard = self._corked = True  # pongs leave together
+        for event in self._frames.receive(data):
+            kind = event[0]
+            if kind == PING:
+                self._write(encode_frame(PONG, event[1]))
+            elif kind == TEXT and not event[1] and self._dialect[0]:
+                self._write(_EMPTY)  # a keep-alive is answered even while a handler is busy
+            elif kind != PONG:
+                self._pending.append(event)
+                if kind == CLOSE:
+                    self._leave()
+        self._corked = False
+        self._work()
+        if self._pending or self._frames.more:
+            self._held += len(data)
+            if self._reading and (self._held > _READ_AHEAD or self._frames.more):
+                self._reading = False
+                self._transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The peer sends no more; what it asked for before is still answered."""
+        self._ended = True
+        self._leave()
+        self._set_deadline()
+        return bool((self._task or self._pending) and self._transport.can_write_eof())
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is gone."""
+        self._closing = self._ended = True
+        self._app._sockets.discard(self)
+        self._leave()
+        self.resume_writing()  # what arrived before is handled still
+        self._writer = None  # it is large, and disconnected_clients() may list this for a while
+
+    def pause_writing(self) -> None:
+        """The transport is full."""
+        self._behind = True
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._behind = False
+        self._flush()
+        self._work()
+
+    # Messages are handled in order.
+
+    def _work(self) -> None:
+        """Handle what is pending, until a handler must be awaited or the peer must read first."""
+        if self._corked:
+            return
+        self._corked = True
+        pending, turns = self._pending, 0
+        try:
+            while pending and not self._task and not self._behind:
+                if turns == _TURN:
+                    self._app._soon(self._work)
+                    break
+                turns += 1
+                kind, data = pending.popleft()
+                if kind == TEXT or kind == BINARY:
+                    if not self._closing:
+                        self._app._message(self, data)
+                elif kind == FAIL:
+                    logger.warning("%r broke the protocol: %s", self, data)
+                    self._close(data.code, data.reason)
+                    self._hang_up(half=True)
+                else:
+                    self._close(*data)
+                    if kind == CLOSE:
+                        self._hang_up()
+                if self._queued > _READ_AHEAD:
+                    self._flush()
+        finally:
+            self._corked = False
+            self._flush()
+        if pending or self._task or self._behind:
+            return
+        self._held = 0  # all that arrived is handled
+        if self._frames.more:
+            self._app._soon(self.data_received, b"")
+        elif self._ended:
+            self._hang_up()
+        elif not self._reading:
+            self._reading = True
+            self._transport.resume_reading()
+
+    def _await(self, answer: Coroutine[Any, Any, None]) -> None:
+        """Run a handler's coroutine; the messages behind it wait."""
+        def done(task: asyncio.Future[None]) -> None:
+            self._task = None
+            self._work()
+        self._task = asyncio.ensure_future(answer)
+        self._task.add_done_callback(done)
+
+    # What is sent.
+
+    def _push(self, push: Push) -> bool:
+        self._write(push.frame(self._dialect))
+        return not self._closing
+
+    def _write(self, frame: bytes) -> None:
+        if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
+            return
+        if not self._corked and not self._behind:  # the queue is empty then
+            if not self._transport.is_closing():
+                self._transport.write(frame)
+            return
+        self._queue.append(frame)
+        self._queued += len(frame)
+        if not self._corked:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
+            return
+        data = b"".join(self._queue)
+        self._queue.clear()
+        self._queued = 0
+        if self._behind:
+            logger.warning("%r is more than config.max_send_buffer behind: closed", self)
+            self._close(1013, "too slow")
+        elif data and not self._transport.is_closing():
+            self._transport.write(data)
+
+    # The end.
+
+    def _leave(self) -> None:
+        if self.connected:
+            self.connected = False
+            self._app._left(self)
+
+    def _close(self, code: int, reason: str) -> None:
+        """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts the deaf."""
+        if not self._closing:
+            payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
+            self._write(encode_frame(CLOSE, payload))
+            self._closing = True
+            self._set_deadline()
+        self._leave()
+
+    def _hang_up(self, half: bool = False) -> None:
+        """End the connection when all is written.
+
+        When a connection fails (RFC 6455, 7.1.7), the peer may still be sending: it is only
+        half-closed then and read to its end, or the peer might lose our Close frame to a reset.
+        """
+        self._closing = True
+        self._set_deadline()
+        self._flush()
+        if half and self._transport.can_write_eof():
+            with contextlib.suppress(OSError):  # the peer is gone already
+                self._transport.write_eof()
+        else:
+            self._transport.close()
+
+    def _set_deadline(self) -> None:
+        self._deadline = self._app._now() + self._app.config.handshake_timeout
+
+    def _shut(self) -> None:
+        """The server goes down: close after the handler that is running."""
+        self._leave()
+        self._pending.clear()
+        self._pending.append((SHUT, (1001, "server going down")))
+        self._work()
+
+    def _abort(self, why: str) -> None:
+        logger.info("%r dropped: %s", self, why)
+        self._leave()
+        self._transport.abort()
+
+    def _check(self, now: float, settings: Config) -> None:
+        """Called by the sweep: is the peer alive, and does it finish what it began?"""
+        if self._heard or self._task and not self._reading:
+            self._heard = self._pinged = False
+            self._since = now
+        silent = now - self._since
+        size, mark = self._frames.unfinished, self._frames.frames + 1
+        if not size or not self._reading or self._frame_mark[0] != mark:
+            self._frame_mark = (mark if size and self._reading else 0, now)
+        if self._deadline:
+            if now >= self._deadline:
+                self._abort("it did not close in time")
+        elif now - self._frame_mark[1] > allowance(settings, size):
+            self._close(1013, "frame not finished in time")
+        elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
+            self._abort("no answer to a ping")
+        elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
+            self._pinged = True
+            self._write(_PING)
+
+
+def allowance(settings: Config, size: int) -> float:
+    """How long something of `size` bytes may take to arrive: 16 KiB/s is slow enough."""
+    return settings.handshake_timeout + size / 16384
+
+
+# ---------------------------------------------------------------------------------------- app
+
+_SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
+_LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
+_MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
+_CLIENT_NAMES = {"client", "request"}
+Clients = Union[ChannelClient, Iterable[ChannelClient]]
+
+
+class _Origin:
+    """Where a message came from, and so how the reply goes back: in the sender's dialect."""
+
+    __slots__ = ("channel", "client", "message", "raw", "ref")
+
+    def __init__(self, client: ChannelClient) -> None:
+        self.client = client
+        self.raw = True  # not an envelope
+        self.channel = self.message = ""
+        self.ref: Any = None
+
+    def read(self, data: str | bytes) -> Any:
+        """Take the fields of an envelope and return its payload; what is none is the payload.
+
+        Raises HTTPError 400.
+        """
+        text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
+        if text[:1] != "{":
+            return data
+        try:
+            envelope, end = _decoder.raw_decode(text)
+        except RecursionError:
+            raise HTTPError(400, "JSON nested too deep") from None
+        except ValueError:
+            return data
+        if "channel" not in envelope or text[end:].strip(" \t\r\n"):
+            return data
+        self.raw = False
+        channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
+        if ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53:
+            self.ref = ref
+        # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
+        if (type(channel) is not str or type(message) is not str or "/" in message
+                or self.ref is not ref):
+            raise HTTPError(400, "Bad message")
+        self.channel, self.message = channel, message
+        return envelope.get("payload")
+
+    def reply(self, result: Any) -> None:
+        """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
+        client, settings = self.client, self.client._app.config
+        v1, bits = client._dialect
+        if isinstance(result, (bytes, bytearray, memoryview)):
+            client._push(Push(settings, "", bytes(result)))
+            result = None  # a binary frame has no place for the ref
+        if v1 and self.ref is not None:
+            text = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'
+        elif result is None:
+            return
+        elif not v1 and isinstance(result, str):
+            text = result
+        elif not v1 and self.raw:
+            text = dump_json(result, settings.json_default)
+        else:
+            message, payload = (result, None) if isinstance(result, str) else (self.message, result)
+            client._push(Push(settings, self.channel or settings.default_channel, message, payload))
+            return
+        body = text.encode()
+        check_size(settings, body)
+        client._write(encode_message(TEXT, body, bits, settings.compression_threshold))
+
+    async def reply_later(self, result: asyncio.Future[Any]) -> None:
+        """Send what the handler will return."""
+        try:
+            self.reply(await result)
+        except (Exception, asyncio.CancelledError) as error:
+            result.cancel()
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the sender; and the log, with a traceback where it is the program's fault."""
+        path = f"/{self.channel}/{self.message}"
+        text = "ERROR : 500 - Internal error"
+        if isinstance(error, ChannelError):
+            text = str(error)
+        elif isinstance(error, HTTPError):
+            text = f"ERROR : {error.status} - {error.text}"
+            logger.info("%r: %s: %s", self.client, path, text)
+        elif isinstance(error, asyncio.CancelledError):
+            logger.error("the handler of %s was cancelled", path)
+        else:
+            logger.error("the handler of %s failed", path, exc_info=error)
+        if self.client._dialect[0]:
+            about = {"channel": self.channel, "message": self.message}
+            text = _quote({"error": text, **(about if self.ref is None else {"ref": self.ref})})
+        self.client._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
+
+
+class WebChannels:
+    """An app: its routes, channels, clients and server.
+
+    The module-level functions are the methods of one default app; two apps may serve side by side
+    in one process. Every public method may be called from any thread.
+    """
+
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
+        self._routes, self._channels = Router(), Router()
+        self._open: set[str] = set()  # channels that anyone may subscribe to
+        self._on_connect: dict[str, Endpoint] = {}
+        self._on_disconnect: dict[str, Endpoint] = {}
+        self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
+        self._lock, self._done = threading.RLock(), threading.Event()
+        self._reset()
+        _apps.add(self)
+
+    def _reset(self) -> None:
+        """Forget what belongs to one time of serving."""
+        self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._stop: asyncio.Event | None = None
+        self._stopping = False
+        self._warned = -math.inf
+        self._local_only = False
+        self._listening: Sequence[Any] = ()
+        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        # HTTP connections: when does the sweep end what they wait for, and are they idle?
+        self._http: dict[asyncio.Task[None], tuple[float, bool]] = {}
+        self._writers: set[asyncio.StreamWriter] = set()  # theirs
+        self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
+        self._clients: dict[ChannelClient, None] = {}  # that are connected
+        self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
+        self._subscribers: dict[str, dict[ChannelClient, None]] = {}
+        self._tasks: set[asyncio.Future[Any]] = set()
+
+    # What a program registers.
+
+    def route(self, path: str, handler: Callable[..., Any] | None = None, *,
+              method: str = "GET", threaded: bool = False) -> Callable[[H], H]:
+        """Answer requests for `path` with what `handler` returns; a decorator or a plain call.
+
+        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering
+        the same path and method again replaces the handler, also while serving. The handler
+        returns str (HTML), bytes, dict or list (JSON), a Response, or None (204).
+        `threaded=True` runs a `def` handler in a thread. Raises TypeError or ValueError for what
+        cannot work.
+
+            @route("/hello/:name")
+            def hello(name): return f"Hello, {html.escape(name)}!"
+        """
+        if not _TOKEN.fullmatch(method):
+            raise ValueError(f"not an HTTP method: {method!r}")
+
+        def register(handler: Any) -> Any:
+            self._routes.add(path, Endpoint(handler, path, threaded), method.upper())
+            return handler
+        if handler is not None:
+            register(handler)
+        return register
+
+    def channel(self, path: str, handler: Callable[..., Any] | None = None, *,
+                threaded: bool = False) -> Callable[[H], H]:
+        """Handle messages: `/____/echo` is the message `echo` on the channel `____`; as `route()`.
+
+        The handler may take `payload`, `client`, `channel`, `message`, `request` (the handshake)
+        and the path's parameters. What it returns is the reply to the sender; None is none.
+        `channel("/")` receives what is not a JSON object with a "channel", as it came, and what
+        it returns goes back raw. A handler for the message `subscribe` guards a channel:
+
+            @channel("/rooms/:room/subscribe")
+            def enter(room, client, channel):
+                if room not in open_rooms: raise ChannelError("No such room")
+                subscribe(client, channel)
+        """
+        def register(handler: Any) -> Any:
+            self._channels.add(path, Endpoint(handler, path, threaded, _MESSAGE_NAMES))
+            return handler
+        if handler is not None:
+            register(handler)
+        return register
+
+    def on_connect(self, handler: H) -> H:
+        """Call `handler` before a WebSocket handshake is accepted; a decorator.
+
+        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. Registering a
+        function of the same name again replaces it.
+        """
+        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
+        self._on_connect[endpoint.name] = endpoint
+        return handler
+
+    def on_disconnect(self, handler: H) -> H:
+        """Call `handler` when a client has left; as `on_connect()`."""
+        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
+        self._on_disconnect[endpoint.name] = endpoint
+        return handler
+
+    def params(self, key: str | None = None, default: Any = None) -> Any:
+        """The parameters of the request or message being handled: all, as a dict, or one.
+
+        Raises RuntimeError outside a handler.
+        """
+        given = _params.get()
+        if given is None:
+            raise RuntimeError("params() works only in a handler, and the tasks that it starts")
+        return given if key is None else given.get(key, default)
+
+    def channels_script(self) -> str:
+        """The browser client, as bare JavaScript."""
+        return CHANNELS_JS
+
+    def channels_support(self, channel: str | None = None, *, nonce: str | None = None,
+                         src: str | None = None) -> str:
+        """The `<script>` element that makes a page live on `channel` (`config.default_channel`).
+
+        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
+        `nonce` is for a Content-Security-Policy. `src` loads the client from there instead of
+        putting it inline; a path of this server, such as "/channels.js", is served if it has no
+        route. Register channels other than the default one when the program starts, too: an open
+        page may come back to a restarted server before anyone loads it anew.
+        """
+        channel = self.config.default_channel if channel is None else channel
+        if not channel or channel.strip("/") != channel:
+            raise ValueError(f"not a channel's name: {channel!r}")
+        self._open.add(channel)
+        base = self.config.base_path.rstrip("/")
+        attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path,
+                      "nonce": nonce, "src": src}
+        if src and src.startswith("/") and not src.startswith("//"):
+            attributes["src"] = base + src
+            path = src.partition("?")[0]
+            if self._routes.find(path) is None:
+                kind = "text/javascript; charset=utf-8"
+                self.route(path, lambda: Response(CHANNELS_JS, content_type=kind))
+        text = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items()
+                       if value is not None)
+        return f"<script{text}>{CHANNELS_JS if src is None else ''}</script>"
+
+    # The registry.
+
+    @_on_loop
+    def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
+                  *, exclude: Clients = (), only: Clients | None = None) -> bool:
+        """Push to every subscriber of one channel or several, once for each.
+
+        `exclude` and `only` are clients. True if anyone was there to be sent it. Raises TypeError
+        or ValueError for what cannot be sent, before anything is sent.
+        """
+        names = [channels] if isinstance(channels, str) else list(channels)
+        pushes = [(name, Push(self.config, name, message, payload)) for name in names]
+        without, among = [{given} if isinstance(given, ChannelClient) else set(given or ())
+                          for given in (exclude, only)]
+        there = False
+        for name, push in pushes:
+            for client in list(self._subscribers.get(name) or ()):
+                if client not in without and (only is None or client in among):
+                    there = client._push(push) or there
+        return there
+
+    @_on_loop
+    def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
+        """Every open client, or the subscribers of `channel`."""
+        return list(self._clients if channel is None else self._subscribers.get(channel) or ())
+
+    @_on_loop
+    def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
+        """Who left within `config.disconnected_ttl`; with `channel`, who was subscribed to it."""
+        return [each for each in self._left_at if channel is None or channel in each.channels]
+
+    @_on_loop
+    def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
+        """Forget those that left, and return the connected ones that remain."""
+        for client in self.disconnected_clients(channel):
+            del self._left_at[client]
+        return self.connected_clients(channel)
+
+    @_on_loop
+    def subscribe(self, client: ChannelClient, channel: str) -> bool:
+        """Subscribe `client` to `channel`; False if it is gone.
+
+        Raises ChannelError past `config.max_subscriptions`.
+        """
+        if client.connected and channel not in client.channels:
+            if len(client.channels) >= self.config.max_subscriptions:
+                raise ChannelError("Too many subscriptions")
+            client.channels.add(channel)
+            self._subscribers.setdefault(channel, {})[client] = None
+        return client.connected
+
+    @_on_loop
+    def unsubscribe(self, client: ChannelClient, channel: str) -> bool:
+        """Unsubscribe `client` from `channel`; False if it was not subscribed."""
+        subscribed = channel in client.channels
+        client.channels.discard(channel)
+        self._drop(client, channel)
+        return subscribed
+
+    def _drop(self, client: ChannelClient, channel: str) -> None:
+        subscribers = self._subscribers.get(channel, {})
+        subscribers.pop(client, None)
+        if not subscribers:
+            self._subscribers.pop(channel, None)
+
+    @_on_loop
+    def unsubscribe_client(self, client: ChannelClient) -> None:
+        """Unsubscribe `client` from all its channels."""
+        for channel in list(client.channels):
+            self.unsubscribe(client, channel)
+
+    @_on_loop
+    def subscriptions(self) -> dict[str, list[ChannelClient]]:
+        """The subscribers of each channel that has any."""
+        return {name: list(clients) for name, clients in self._subscribers.items()}
+
+    def _left(self, client: ChannelClient) -> None:
+        """The client has just gone."""
+        async def notify(endpoint: Endpoint) -> None:
+            try:
+                await self._invoke(endpoint, {"client": client, "request": client.request})
+            except Exception:
+                logger.exception("%s failed for %r", endpoint.name, client)
+
+        self._clients.pop(client, None)
+        for channel in client.channels:
+            self._drop(client, channel)
+        self._left_at[client] = self._now()
+        if len(self._left_at) > self.config.max_clients:
+            del self._left_at[next(iter(self._left_at))]  # who left first
+        for endpoint in self._on_disconnect.values():
+            task = asyncio.ensure_future(notify(endpoint))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    # Calling handlers.
+
+    def _start(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
+        """Call a handler; what comes back is its result, or a future of it."""
+        token = _params.set(given)
+        try:
+            if endpoint.threaded:
+                self._executor = self._executor or concurrent.futures.ThreadPoolExecutor(
+                    thread_name_prefix="webchannels")
+                context = contextvars.copy_context()
+                return asyncio.get_running_loop().run_in_executor(
+                    self._executor, lambda: context.run(endpoint, given))
+            begun = time.perf_counter()
+            result = endpoint(given)
+            held = time.perf_counter() - begun
+            if held > _SLOW:
+                logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
+                               "it with threaded=True", endpoint.name, held * 1000)
+            if result.__class__ is not str and inspect.isawaitable(result):
+                return asyncio.ensure_future(result)  # here, where its context is right
+            return result
+        finally:
+            _params.reset(token)
+
+    async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
+        result = self._start(endpoint, given)
+        return await result if isinstance(result, asyncio.Future) else result
+
+    def _message(self, client: ChannelClient, data: str | bytes) -> None:
+        """Handle a message; never raises for what it or its handler does."""
+        origin = _Origin(client)
+        try:
+            payload = origin.read(data)
+            found = self._channels.find("/" if origin.raw else
+                                        f"/{origin.channel}/{origin.message}")
+            if found is None:
+                if data != "":  # a keep-alive
+                    origin.reply(self._default(client, origin.channel, origin.message))
+                return
+            endpoint = found[0][""]
+            given = {"payload": payload, "client": client, "request": client.request,
+                     "channel": origin.channel, "message": origin.message}
+            if endpoint.path_names:
+                given = {**dict(zip(endpoint.path_names, found[1])), **given}
+            result = self._start(endpoint, given)
+            if isinstance(result, asyncio.Future):
+                client._await(origin.reply_later(result))
+            else:
+                origin.reply(result)
+        except (Exception, asyncio.CancelledError) as error:
+            origin.fail(error)
+
+    def _default(self, client: ChannelClient, channel: str, message: str) -> str:
+        """What a message does for which the program has no handler."""
+        if message == "subscribe" and channel in self._open:
+            self.subscribe(client, channel)
+            return "Subscription: OK"
+        if message == "unsubscribe" and (channel in self._open or channel in client.channels):
+            self.unsubscribe(client, channel)
+            return "Unsubscription: OK"
+        raise HTTPError(404)
+
+    # HTTP.
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """One connection, from its first byte to its end or its upgrade."""
+        settings = self.config
+        requests = RequestReader(settings.max_header_size, settings.max_body_size)
+        peer = writer.get_extra_info("peername")
+        address = str(peer[0]) if isinstance(peer, tuple) else ""
+        task: Any = asyncio.current_task()
+        self._http[task] = (math.inf, True)
+        self._writers.add(writer)
+        client: ChannelClient | None = None
+        try:
+            if len(self._http) > settings.max_clients:
+                raise HTTPError(503, headers={"Retry-After": "5"})
+            keep_alive = True
+            while keep_alive and client is None:
+                request = await self._next_request(requests, reader, writer)
+                if request is None:
+                    return
+                request.address = address
+                answer: Any = await self._answer(request)
+                if isinstance(answer, ChannelClient):
+                    client = answer
+                    continue
+                keep_alive = not (request.http_1_0 or self._stopping
+                                  or "close" in request.members("connection"))  # RFC 9112, 9.3
+                writer.write(answer.encode(request.method == "HEAD", not keep_alive))
+                if requests.buffer:  # pipelined: others have their turn
+                    await asyncio.sleep(0)
+                if writer.transport.get_write_buffer_size():
+                    await asyncio.wait_for(writer.drain(), settings.keep_alive_timeout)
+            if client is not None:
+                if writer.transport.is_closing():  # lost already: nobody would tell the client
+                    raise ConnectionResetError
+                client._attach(writer)
+                reader.feed_eof()  # what arrived behind the request is the client's already
+                client.data_received(bytes(requests.buffer) + await reader.read())
+        except HTTPError as error:  # nothing more can be read
+            logger.warning("bad request from %s: %s", address, error)
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                writer.write(error.response.encode(close=True))
+                if writer.can_write_eof():  # read on: a reset could overtake the answer
+                    writer.write_eof()
+                    await asyncio.wait_for(_read_on(reader), _LINGER)
+        except (OSError, asyncio.TimeoutError, asyncio.CancelledError) as gone:
+            logger.debug("connection from %s ended: %r", address, gone)
+            writer.transport.abort()
+        finally:
+            del self._http[task]
+            self._writers.discard(writer)
+            if client is None:
+                writer.close()
+
+    async def _next_request(self, requests: RequestReader, reader: asyncio.StreamReader,
+                            writer: asyncio.StreamWriter) -> Request | None:
+        """The next request; None at the connection's end. Raises HTTPError for a bad one."""
+        task: Any = asyncio.current_task()
+        begun = 0.0
+        while True:
+            request = requests.next()
+            idle = request is None and not requests.begun
+            if request is not None or idle and self._stopping:
+                self._http[task] = (math.inf, False)
+                return request
+            if requests.expects_continue:
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                requests.expects_continue = False
+            now = self._now()
+            begun = 0.0 if idle else begun or now
+            self._http[task] = (now + self.config.keep_alive_timeout if idle else begun + allowance(
+                self.config, len(requests.buffer)), idle)
+            try:
+                data = await reader.read(65536)
+            except asyncio.CancelledError:  # by the sweep, or at the end
+                if not idle:
+                    raise HTTPError(408) from None
+                data = b""
+            if not data:
+                return None
+            requests.receive(data)
+
+    async def _answer(self, request: Request) -> Response | ChannelClient:
+        """The answer to a request, or the client that it becomes; never raises for its faults."""
+        try:
+            self._check_host(request)
+            if "websocket" in request.members("upgrade"):
+                return await self._upgrade(request)
+            if request.method not in ("GET", "HEAD", "OPTIONS"):
+                self._check_origin(request)
+            return await self._respond(request)
+        except HTTPError as error:
+            logger.info("%r: %s", request, error)
+            return error.response
+        except (Exception, asyncio.CancelledError) as error:
+            if self._stopping and isinstance(error, asyncio.CancelledError):
+                raise
+            logger.exception("%r failed", request)
+            return HTTPError(500).response
+
+    async def _respond(self, request: Request) -> Response:
+        """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
+        method = request.method
+        try:
+            found = self._routes.find(request.path, decode=True)
+        except UnicodeDecodeError:
+            raise HTTPError(400, "The path is not UTF-8") from None
+        endpoints, values = found or ({}, ())
+        endpoint = endpoints.get(method) or endpoints.get("GET" if method == "HEAD" else "")
+        if endpoint is None:
+            known = {"OPTIONS", *endpoints, *(["HEAD"] if "GET" in endpoints else [])}
+            allow = {"Allow": ", ".join(sorted(METHODS if request.path == "*" else known))}
+            if method == "OPTIONS" and (endpoints or request.path == "*"):
+                return Response(status=204, headers=allow)
+            if method not in METHODS:
+                raise HTTPError(501)
+            raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
+        given = {**request.params(), **dict(zip(endpoint.path_names, values)), "request": request}
+        for name in endpoint.required:
+            if name not in given:
+                raise HTTPError(400, f"The parameter {name} is missing")
+        result = await self._invoke(endpoint, given)
+        if result is None:
+            return Response(status=204)
+        if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
+            return Response(result, json_default=self.config.json_default)
+        if not isinstance(result, Response):
+            raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
+                            "str, bytes, dict, list, Response or None")
+        return result
+
+    async def _upgrade(self, request: Request) -> ChannelClient:
+        """The client that the connection becomes. Raises HTTPError, or what a handler raises."""
+        if not self.config.websockets_server or request.path != self.config.websockets_path:
+            raise HTTPError(404)
+        head, dialect = accept_handshake(request, self.config.compression)
+        self._check_origin(request)
+        client = ChannelClient(self, request, dialect, head)
+        for endpoint in list(self._on_connect.values()):
+            await self._invoke(endpoint, {"client": client, "request": request})
+        if len(self._sockets) >= self.config.max_clients or self._stopping:
+            raise HTTPError(503, headers={"Retry-After": "5"})
+        return client
+
+    def _check_host(self, request: Request) -> None:
+        """Is this server meant (DNS rebinding)? Raises HTTPError 403."""
+        host = request.headers.get("host", "localhost").lower()
+        name = re.sub(":[0-9]+$", "", host)
+        allowed = self.config.allowed_hosts
+        if not (any(each.lower() in (name, host, "*") for each in allowed) if allowed is not None
+                else is_loopback(name) or not self._local_only):
+            raise HTTPError(403, f"Host {host!r} is not allowed: see config.allowed_hosts")
+
+    def _check_origin(self, request: Request) -> None:
+        """Does this come from an allowed page (RFC 6455, 10.2)? Raises HTTPError 403.
+
+        What is not a browser sends no Origin, and could send any.
+        """
+        text = request.headers.get("origin")
+        allowed = self.config.allowed_origins
+        if allowed is None:
+            allowed = [f"{self.url.partition(':')[0]}://{request.headers.get('host')}"]
+        if text is not None and allowed != "*":
+            origin = parse_origin(text)
+            if origin is None or origin not in map(parse_origin, allowed):
+                raise HTTPError(403, f"Origin {text!r} is not allowed: see config.allowed_origins")
+
+    # Start and stop.
+
+    def up(self, port: int | None = None, host: str | None = None, *, block: bool | None = None,
+           ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
+           reuse_port: bool = False, open_browser: bool = False) -> str:
+        """Serve from a background thread; return the address, such as "http://127.0.0.1:8000".
+
+        In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
+        at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
+        picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
+        certificate. `reuse_port` lets several processes share the port. Raises OSError for a port
+        that cannot be had, RuntimeError if the app serves already.
+        """
+        ready: concurrent.futures.Future[str] = concurrent.futures.Future()
+        serving = self._serve(ready, port, host, ssl, sock, reuse_port)
+        threading.Thread(target=_run, args=(serving, ready), name="webchannels",
+                         daemon=True).start()
+        url = ready.result()
+        if open_browser:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+        if not _interactive() if block is None else block:
+            on_main = threading.current_thread() is threading.main_thread()
+            handler = signal.default_int_handler
+            previous = signal.signal(signal.SIGTERM, handler) if on_main else None
+            try:
+                print(f"Serving at {url} (Ctrl+C stops)", flush=True)
+                while not self._done.wait(1):  # Windows does not interrupt a longer wait
+                    pass
+            except KeyboardInterrupt:
+                with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
+                    self.down()
+            finally:
+                if on_main:
+                    signal.signal(signal.SIGTERM, previous)
+        return url
+
+    async def serve(self, port: int | None = None, host: str | None = None, *,
+                    ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
+                    reuse_port: bool = False) -> None:
+        """As `up()`, in the event loop that runs. Returns after `down()`; or cancel it."""
+        await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
+
+    async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
+        with self._lock:
+            if self._loop is not None:
+                raise RuntimeError(f"this app serves already at {self.url}; call down() first")
+            self._loop = asyncio.get_running_loop()
+            self._thread = threading.get_ident()
+            self._done.clear()
+        try:
+            self._stop = asyncio.Event()
+            self._open.add(self.config.default_channel)
+            server = await self._listen(*where)
+            sweep = asyncio.ensure_future(self._sweep())
+            try:
+                if self._loop.get_exception_handler() is None:
+                    self._loop.set_exception_handler(self._on_loop_error)
+                ready.set_result(self.url)
+                logger.info("serving at %s", self.url)
+                await self._stop.wait()
+            finally:
+                server.close()
+                await self._shut_down()
+                sweep.cancel()
+        finally:
+            with self._lock:
+                self._loop = None
+                while self._calls:  # other threads wait for them
+                    self._run_calls()
+                self._reset()
+            self._done.set()
+
+    async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
+                      sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
+        port = self.config.server_port if port is None else port
+        host = self.config.server_host if host is None else host
+        where: dict[str, Any] = {"sock": sock} if sock else {"host": host, "port": port}
+        if ssl:
+            where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
+        if reuse_port:
+            if not hasattr(socket, "SO_REUSEPORT"):
+                raise ValueError("this system cannot share a port: serve without reuse_port")
+            where["reuse_port"] = True
+        try:
+            server = await asyncio.start_server(self._accept, backlog=1024, **where)
+        except OSError as error:
+            hint = f"cannot serve on port {port} of {host}: {error}"
+            if error.errno == errno.EADDRINUSE:
+                hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
+                        f"up({port + 1}), or a free one: up(0)")
+            raise OSError(error.errno, hint) from None
+        self._listening = server.sockets
+        names = [each.getsockname() for each in server.sockets]
+        self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
+        address, self.port = names[0][:2] if isinstance(names[0], tuple) else (names[0], 0)
+        shown = "localhost" if address in ("0.0.0.0", "::") else address
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"{'https' if ssl else 'http'}://{shown}:{self.port}"
+        return server
+
+    def down(self) -> None:
+        """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
+
+        Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
+        loop, at once. Calling it again, or without `up()`, does nothing.
+        """
+        with self._lock:
+            if self._loop is None or self._stop is None:
+                return
+            self._loop.call_soon_threadsafe(self._stop.set)
+            waits = threading.get_ident() != self._thread and _params.get() is None
+        if waits and not self._done.wait(self.config.shutdown_timeout + 2):
+            logger.warning("a handler holds the event loop: the server could not stop")
+
+    async def _shut_down(self) -> None:
+        """Let what runs finish within the time for it; then end it."""
+        self._stopping = True
+        for task, (_, idle) in self._http.items():
+            if idle:
+                task.cancel()
+        for client in list(self._sockets):
+            client._shut()
+        end = self._now() + self.config.shutdown_timeout
+        while (self._http or self._sockets or self._tasks) and self._now() < end:
+            await asyncio.sleep(0.01)
+        tasks: list[Any] = [*self._tasks, *self._http,
+                            *[each._task for each in self._sockets if each._task]]
+        if tasks:
+            logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
+        for client in list(self._sockets):
+            client._close(1001, "server going down")  # also behind a handler that does not end
+            client._abort("the server goes down")
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
+        if self._executor:
+            self._executor.shutdown(wait=False)
+
+    async def _sweep(self) -> None:
+        """One timer for all: deadlines, pings, and those that left long ago."""
+        while True:
+            settings = self.config
+            times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
+                     settings.ping_interval or 4, settings.disconnected_ttl, 4)
+            await asyncio.sleep(max(min(times) / 4, 0.02))
+            now = self._now()
+            for client in list(self._sockets):
+                client._check(now, settings)
+            for task, (deadline, _) in list(self._http.items()):
+                if now >= deadline:
+                    task.cancel()
+            for client, left in list(self._left_at.items()):
+                if now - left >= settings.disconnected_ttl:
+                    del self._left_at[client]
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
+        error = context.get("exception")
+        if self._stopping and isinstance(error, ValueError):
+            return  # it tries to accept again, on a socket that is closed
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif self._now() > self._warned + 10:
+            self._warned = self._now()
+            logger.warning("%s: accepting pauses", error.strerror)
+
+    # Threads and forks.
+
+    def _now(self) -> float:
+        return self._loop.time() if self._loop else 0.0
+
+    def _soon(self, call: Callable[..., Any], *values: Any) -> None:
+        if self._loop:
+            self._loop.call_soon(call, *values)
+
+    def _call(self, call: Callable[[], Any]) -> Any:
+        """Run `call` in the loop's thread, and wait for it; if there is none, here."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            if self._loop is None:
+                return call()
+            self._calls.append((call, future))
+            self._loop.call_soon_threadsafe(self._run_calls)
+        return future.result()
+
+    def _run_calls(self) -> None:
+        if self._calls:  # one: threads that call again and again must not hold the loop
+            call, future = self._calls.popleft()
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _forked(self) -> None:
+        """In a forked child: let go of the parent's connections.
+
+        Open copies would keep them alive. They are replaced by the null device: closing them
+        would free numbers that objects still take for theirs.
+        """
+        ends: list[Any] = [*self._writers, *(client._transport for client in self._sockets)]
+        with open(os.devnull) as null:
+            for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
+                if each.fileno() >= 0:
+                    os.dup2(null.fileno(), each.fileno(), inheritable=False)
+        self._lock = threading.RLock()
+        self._calls.clear()
+        self._reset()
+
+
+async def _read_on(reader: asyncio.StreamReader) -> None:
+    while await reader.read(65536):
+        pass
+
+
+@functools.lru_cache(maxsize=256)
+def is_loopback(host: str) -> bool:
+    """Does this name or address mean the machine itself?"""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")  # RFC 6761, 6.3
+
+
+@functools.lru_cache(maxsize=256)
+def parse_origin(text: str) -> tuple[str, str, int] | None:
+    """An origin's scheme, host and port (RFC 6454), or None: "null" is nobody's."""
+    scheme, _, host = text.lower().partition("://")
+    match = _HOST.fullmatch(host)
+    if not match or scheme not in ("http", "https"):
+        return None
+    return scheme, match[1], int(match[2] or (443 if scheme == "https" else 80))
+
+
+def _interactive() -> bool:
+    """Is somebody typing (a REPL, a notebook), or is there a loop that must not be blocked?"""
+    if hasattr(sys, "ps1") or sys.flags.interactive:
+        return True
+    try:
+        return asyncio.get_running_loop() is not None
+    except RuntimeError:
+        return False
+
+
+def _run(serving: Coroutine[Any, Any, None], ready: concurrent.futures.Future[str]) -> None:
+    try:
+        asyncio.run(serving)
+    except BaseException as error:
+        if ready.done():
+            raise
+        ready.set_exception(error)
+
+
+def _each_app(method: Callable[[WebChannels], None]) -> None:
+    for each in list(_apps):
+        method(each)
+
+
+_apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
+atexit.register(_each_app, WebChannels.down)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=functools.partial(_each_app, WebChannels._forked))
+
+# -------------------------------------------------------------------------------- default app
+
+app = WebChannels()
+config, params = app.config, app.params
+route, channel, on_connect, on_disconnect = (
+    app.route, app.channel, app.on_connect, app.on_disconnect)
+channels_support, channels_script = app.channels_support, app.channels_script
+up, serve, down, broadcast = app.up, app.serve, app.down, app.broadcast
+connected_clients, disconnected_clients = app.connected_clients, app.disconnected_clients
+unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
+subscribe, unsubscribe, unsubscribe_client = (
+    app.subscribe, app.unsubscribe, app.unsubscribe_client)
+subscriptions = app.subscriptions
+
+
+# -------------------------------------------------------------------------------- channels.js
+
+# A copy of the file of that name: `python3 test_webchannels.py --embed` makes it.
+CHANNELS_JS: str = r"""/**
+ * channels.js: the browser's side of webchannels.py. MIT License.
+ *
+ * One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
+ *   {channel, message, payload?, ref?}    to the server
+ *   {channel, message, payload?}          from the server
+ *   {ref, payload} or {ref, error}        its reply to a ref
+ *   {error, channel, message}             an error without ref
+ *   an empty message                      a keep-alive, answered by another
+ */
+// A second copy in the page finds the first. (Object(x) is x, of any type.)
+var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
+  'use strict'
+
+  const TICK = 5000           // ms
+  const ASK = 5               // silent ticks until a keep-alive
+  const DEAD = 7              // silent ticks until the connection counts as lost
+  const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
+  const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
+  const FINAL = [1000, 1008]  // close codes after which to stay away
+
+  const page = Object(window)
+  const path = document.currentScript?.dataset.path || '/'
+  const url = location.protocol.replace('http', 'ws') + '//' + location.host + path
+
+  /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */
+  let state = 'connecting'
+  /** @type {WebSocket | null} */
+  let socket = null // the only one
+  let timer = 0     // to the next tick or, without a socket, connect
+  let silent = 0    // ticks since the server was heard
+  let failures = 0  // in a row
+  let lastRef = 0
+  // An item is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
+  const queue = new Map()         // items not sent yet -> bytes
+  const pending = new Map()       // ref -> item not answered yet
+  const subscriptions = new Map() // channel -> item
+  /** @type {Set<{ pattern: string[], handler: Function }>} */
+  const handlers = new Set()
+
+  /** @param {string} type  @param {any} [detail] */
+  const emit = (type, detail) => client.dispatchEvent(new CustomEvent(type, { detail }))
+
+  /** @param {typeof state} next */
+  const become = next => {
+    document.documentElement.dataset.webchannels = state = next
+    emit('state', next)
+  }
+
+  // ---- The connection ----
+
+  const connect = () => {
+    clearTimeout(timer)
+    socket = new WebSocket(url, 'webchannels.v1')
+    socket.binaryType = 'arraybuffer'
+    socket.onopen = opened
+    socket.onmessage = received
+    socket.onclose = ({ code, reason }) =>
+      end(FINAL.includes(code) ? 'closed' : 'reconnecting', code, reason)
+    silent = ASK // the handshake has a deadline, too
+    timer = setTimeout(tick, TICK)
+  }
+
+  // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
+  // what the server said before it ticks twice.
+  const tick = () => {
+    timer = setTimeout(tick, TICK)
+    if (++silent >= DEAD) return end('reconnecting')
+    if (socket?.readyState !== WebSocket.OPEN) return
+    failures = 0 // not before: a server may let us in and drop us
+    if (silent === ASK) socket.send('')
+  }
+
+  /** Does now what the timer is for. */
+  const wake = () => {
+    if (state === 'closed') return
+    failures = 0
+    if (!socket) return connect()
+    if (silent >= ASK) return
+    clearTimeout(timer)
+    silent = ASK - 1
+    tick()
+  }
+
+  const opened = () => {
+    silent = 0
+    subscriptions.forEach(renew)
+    for (const item of queue.keys()) transmit(item)
+    queue.clear()
+    become('open')
+    emit('open')
+  }
+
+  /** @param {typeof state} next */
+  const end = (next, code = 1006, reason = '') => {
+    const wasOpen = state === 'open'
+    clearTimeout(timer)
+    if (socket) {
+      socket.onopen = socket.onmessage = socket.onclose = null
+      socket.close()
+      socket = null
+    }
+    for (const { reject } of pending.values()) reject(new DOMException('Lost', 'NetworkError'))
+    if (next === 'closed') {
+      for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
+      queue.clear()
+    } else {
+      // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
+      const first = DELAY[0] * (document.hidden ? 10 : 1)
+      const most = Math.min(DELAY[1], first * 2 ** failures++)
+      timer = setTimeout(connect, Math.random() * most)
+    }
+    become(next) // last, for listeners may open() or close()
+    if (wasOpen) emit('close', { code, reason })
+  }
+
+  // ---- Out ----
+
+  /** @param {any} data  @param {number} [ref] */
+  const outgoing = (data, ref) => {
+    const item = Object({ data, ref })
+    item.promise = new Promise((resolve, reject) => Object.assign(item, { resolve, reject }))
+    return item
+  }
+
+  /** @param {any} item */
+  const transmit = item => {
+    socket?.send(item.data)
+    if (item.ref) pending.set(item.ref, item)
+    else item.resolve()
+  }
+
+  /** @param {any} item */
+  const send = item => {
+    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one swallows it
+    else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
+    else {
+      const copy = new Blob([item.data]) // the caller may reuse its buffer
+      if (typeof item.data !== 'string') item.data = copy
+      const bytes = [...queue.values()].reduce((sum, size) => sum + size, copy.size)
+      if (queue.size < QUEUE[0] && bytes <= QUEUE[1]) queue.set(item, copy.size)
+      else item.reject(new DOMException('Queue full', 'QuotaExceededError'))
+    }
+    return item.promise
+  }
+
+  /** @param {any} item  @param {string} channel */
+  const renew = ({ resolve, reject }, channel) =>
+    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
+      resolve(reply)
+      emit('subscribed', channel)
+    }, error => {
+      if (error instanceof DOMException) return // lost: the next connection renews it
+      subscriptions.delete(channel)
+      reject(error)
+      complain({ error: error.message, channel, message: 'subscribe' })
+    })
+
+  // ---- In ----
+
+  /** @param {MessageEvent} event */
+  const received = ({ data }) => {
+    silent = 0
+    if (data === '') return
+    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
+    const item = pending.get(m.ref) // if it is still wanted
+    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
+    else m.ref ? item?.resolve(m.payload) : deliver(m)
+  }
+
+  /** @param {any} detail */
+  const complain = detail => {
+    console.error('WebChannels:', detail)
+    emit('error', detail)
+  }
+
+  /** @param {any} push */
+  const deliver = ({ channel, message, payload }) => {
+    const plain = payload === undefined
+    const word = plain ? message : { channel, message, payload }
+    emit('message', word)
+    const segments = `/${channel}/${message}`.split('/')
+    let taken = false
+    for (const { pattern, handler } of handlers) {
+      const names = Object({})
+      if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
+        part[0] === ':' ? names[part.split(':')[1]] = segments[i] : part === segments[i])) continue
+      taken = true
+      // A microtask each: if one throws, the others still run.
+      queueMicrotask(() => handler(payload, { ...names, channel, message }))
+    }
+    if (!taken) queueMicrotask(() => page.parse_payload(word))
+  }
+
+  // ---- What the page uses ----
+
+  /**
+   * Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
+   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}.
+   */
+  class Client extends EventTarget {
+    /** Also in `<html data-webchannels="...">`. */
+    get state() { return state }
+
+    /**
+     * Resolves when handed to a connection, rejects when too much waits for one or on close(). A
+     * reply comes as a push.
+     * @param {string} channel  @param {string} message  @param {any} [payload]
+     */
+    async sendMessageTo(channel, message, payload) {
+      return send(outgoing(JSON.stringify({ channel, message, payload })))
+    }
+
+    /** The same for bytes, to channel("/"). @param {BufferSource | Blob} data */
+    async sendBinary(data) { return send(outgoing(data)) }
+
+    /**
+     * Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
+     * AbortError, NetworkError (connection lost: nobody knows whether it ran).
+     * @param {string} channel  @param {string} message  @param {any} [payload]
+     * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
+     */
+    async request(channel, message, payload, { timeout = 30000, signal } = {}) {
+      const ref = ++lastRef
+      const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
+      const late = setTimeout(item.reject, Math.min(timeout, 2e9),
+        new DOMException('No reply in time', 'TimeoutError'))
+      const abort = () => item.reject(signal?.reason)
+      signal?.addEventListener('abort', abort)
+      if (signal?.aborted) abort()
+      else send(item)
+      return item.promise.finally(() => {
+        clearTimeout(late)
+        signal?.removeEventListener('abort', abort)
+        queue.delete(item)
+        pending.delete(ref)
+      })
+    }
+
+    /**
+     * Gives pushes with a payload to `handler`, not to parse_payload.
+     * @param {string} path  '/channel/message', where `:name` stands for any segment
+     * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s
+     * @returns {() => void} takes it off again
+     */
+    channel(path, handler) {
+      const entry = { pattern: path.split('/'), handler }
+      handlers.add(entry)
+      return () => { handlers.delete(entry) }
+    }
+
+    /**
+     * Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
+     * @param {string} channel  @returns {Promise<any>}
+     */
+    subscribe(channel) {
+      let item = subscriptions.get(channel)
+      if (!item) {
+        item = outgoing(channel)
+        item.promise.catch(() => { }) // renew() complains
+        subscriptions.set(channel, item)
+        if (state === 'open') renew(item, channel)
+      }
+      return item.promise
+    }
+
+    /** @param {string} channel */
+    async unsubscribe(channel) {
+      subscriptions.get(channel)?.reject(new DOMException('Unsubscribed', 'AbortError'))
+      subscriptions.delete(channel)
+      if (state === 'open') return client.request(channel, 'unsubscribe')
+    }
+
+    /** Connects, at once. */
+    open() {
+      if (state === 'closed') become('connecting')
+      wake()
+    }
+
+    /** Stays away until open(). Rejects what waits. */
+    close() { end('closed', 1000) }
+  }
+
+  const client = new Client()
+
+  addEventListener('online', wake)
+  addEventListener('offline', wake)
+  document.addEventListener('resume', wake)
+  document.addEventListener('visibilitychange', () => { if (!document.hidden) wake() })
+  // An open socket could keep the page out of the back/forward cache.
+  addEventListener('pagehide', ({ persisted }) => {
+    if (!persisted || state === 'closed') return
+    end('reconnecting')
+    clearTimeout(timer)
+  })
+  addEventListener('pageshow', ({ persisted }) => { if (persisted) wake() })
+
+  page.Genie = { ...page.Genie, WebChannels: client }
+  page.parse_payload = page.parse_payload || (/** @param {any} payload */ payload => {
+    console.log(payload)
+    console.log('Overwrite window.parse_payload to handle messages from the server')
+  })
+
+  become('connecting')
+  connect()
+  return client
+})()
+
+WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
+  .then(() => console.log('Subscription ready'), () => { })
+"""
+
+
+# --------------------------------------------------------------------------------------- demo
+
+DEMO_PAGE: str = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>webchannels</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0
+ 24 24'%3E%3Cpath stroke='%230d8a83' stroke-width='4' d='M3 8h18M21 16H3'/%3E%3C/svg%3E">
+<style nonce="NONCE">
+:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --line: #dde2e8; --edge: #84909d;
+  --text: #18202a; --dim: #566170; --accent: #0b736d; --warm: #93500a }
+@media (prefers-color-scheme: dark) { :root { --page: #0d1014; --card: #151a20; --line: #29313b;
+  --edge: #6d7987; --text: #e6eaef; --dim: #9aa6b3; --accent: #4fd0c5; --warm: #e3a95f } }
+* { box-sizing: border-box; margin: 0; padding: 0; min-width: 0; accent-color: var(--accent) }
+body, section { display: flex; flex-direction: column; gap: 13px; padding: 16px }
+body { min-height: 100vh; background: var(--page); color: var(--text); overflow-wrap: anywhere;
+  font: 15px/1.5 -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif }
+main { flex: 1; display: flex; flex-wrap: wrap; gap: 16px }
+section { flex: 1 1 320px; background: var(--card) } header .dim, #wave { flex-basis: 100% }
+section, li { border: 1px solid var(--line); border-radius: 13px }
+.row, label { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px }
+h1 { font-size: 21px; line-height: 1 } h2 { font-size: 15px } h1, h2 { margin-right: auto }
+label, li, .dim, #state, #chat b { font-size: 13px } label, .dim { color: var(--dim) }
+#state { font-weight: 600; color: var(--warm) } li { list-style: none; padding: 2px 10px }
+[data-webchannels=open] #state, h1 span { color: var(--accent) }
+#state::before, li::before, #chat b::before { content: ""; display: inline-block; width: 9px;
+  height: 9px; margin-right: 6px; border-radius: 9px; background: var(--hue, currentColor) }
+button, [type=text] { height: 36px; padding: 0 12px; border: 1px solid var(--edge);
+  border-radius: 8px; background: var(--card); color: inherit; font: inherit; font-size: 16px }
+button { background: var(--accent); border-color: var(--accent); color: var(--card) }
+form input { flex: 1 } #name { height: 30px; width: 112px } ::placeholder { color: inherit;
+  opacity: .7 } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
+canvas { flex: 1 0 170px; width: 100%; height: 170px; color: var(--accent);
+  background: linear-gradient(var(--line) 1px, #0000 1px) 0 1px / 1px 33% }
+.list { flex: 1 0 200px; height: 200px; overflow-y: auto } .list p { margin-bottom: 5px }
+#wire, pre, code { font: 12px/1.6 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace }
+#wire p { display: grid; grid-template-columns: 18px 1fr }
+.up::before { content: "\2191"; color: var(--warm) } .down::before { content: "\2193" }
+pre { padding: 10px 12px; overflow-x: auto; background: var(--page); border-radius: 8px }
+</style>
+<header class="row"><h1><span aria-hidden="true">&#8644;</span> webchannels</h1>
+  <p id="state" role="status">WebSocket connecting</p>
+  <p class="dim">A page and its server, talking. Open a second tab, too.</p></header><main>
+<section id="wave"><div class="row"><h2>Chat makes waves</h2>
+  <label><input id="live" type="checkbox" checked autocomplete="off"> subscribed</label></div>
+  <canvas id="plot" role="img" aria-label="A curve that moves with each push"></canvas></section>
+<section><div class="row"><h2>Chat</h2><label for="name">Your name</label>
+  <input id="name" type="text" maxlength="24" autocomplete="off"></div>
+  <ul id="people" class="row" aria-label="Who is connected"></ul>
+  <div id="chat" class="list" role="log" aria-label="Chat" tabindex="0"></div>
+  <form id="say" class="row" autocomplete="off"><input id="text" type="text" aria-label="Message"
+  placeholder="Say something" required maxlength="500"><button>Send</button></form></section>
+<section><div class="row"><h2>On the wire</h2>
+  <label><input id="all" type="checkbox"> with the wave</label></div>
+  <div id="wire" class="list" role="log" aria-live="off" aria-label="Frames" tabindex="0"></div>
+  <form id="echo" class="row" autocomplete="off"><input id="payload" type="text" required
+  aria-label="Payload" placeholder="Text or JSON"><button>Echo</button></form>
+  <p id="answer" class="dim" role="status">The server sends back what you send.</p></section>
+<section><h2>How this works</h2><pre tabindex="0">from webchannels import *
+
+@route("/")
+def index():
+    return channels_support() + "&lt;h1>Live&lt;/h1>"
+
+@channel("/____/echo")
+def echo(payload):
+    return payload
+
+up()</pre><p class="dim">The page asks <code>WebChannels.request('____', 'echo', 'Hello!')</code>.
+  The server pushes <code>broadcast("____", "Hey!")</code>. A lost connection comes back by
+  itself: stop the server, start it again, and watch the top of this page.</p></section></main>
+<script nonce="NONCE">
+const $ = id => document.getElementById(id)
+const make = (tag, properties, ...children) => {
+  const element = Object.assign(document.createElement(tag), { dir: 'auto' }, properties)
+  element.append(...children) // strings become text, never HTML
+  return element
+}
+const add = (list, className, ...children) => {
+  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40
+  list.append(make('p', { className }, ...children))
+  if (list.childElementCount > 200) list.firstElementChild.remove()
+  if (atEnd) list.scrollTop = list.scrollHeight
+}
+// To show what is on the wire. A page that shows no such thing needs nothing of this.
+const show = (direction, frame) => {
+  if (frame.includes('"channel":"wave"') && !$('all').checked) return
+  add($('wire'), direction, frame || '(empty: to keep the connection alive)')
+}
+window.WebSocket = class extends WebSocket {
+  constructor (...given) { super(...given).addEventListener('message', e => show('down', e.data)) }
+  send (frame) { super.send(frame, show('up', frame)) }
+}
+</script>
+SUPPORT
+<script nonce="NONCE">
+// The connection's state. Its colour is CSS alone: [data-webchannels=open] #state
+WebChannels.addEventListener('state', e => { $('state').textContent = `WebSocket ${e.detail}` })
+
+// The chat. history.state keeps the name of each tab over a reload.
+let you
+const person = (tag, id, name) => make(tag,
+  { style: `--hue: hsl(${parseInt(id.slice(0, 4), 16)} 62% 48%)` }, name)
+const showSaid = ({ id, name, text }) => add($('chat'), '', person('b', id, name), ' ' + text)
+const showNote = text => add($('chat'), 'dim', text)
+const showError = error => showNote(error.message)
+const rename = async name => {
+  const welcome = await WebChannels.request('chat', 'name', name)
+  you = welcome.id
+  history.replaceState($('name').value = welcome.name, '')
+  $('chat').replaceChildren()
+  welcome.said.forEach(showSaid)
+}
+WebChannels.channel('/chat/said', showSaid)
+WebChannels.channel('/chat/note', showNote)
+WebChannels.channel('/chat/people', people => $('people').replaceChildren(
+  ...people.map(([id, name]) => person('li', id, name + (id === you ? ' (you)' : '')))))
+WebChannels.addEventListener('subscribed', ({ detail }) => { // again after each reconnect
+  if (detail === 'chat') rename(history.state).catch(showError)
+})
+WebChannels.subscribe('chat')
+document.onsubmit = event => event.preventDefault()
+$('name').onchange = () => rename($('name').value).catch(showError)
+$('say').onsubmit = () =>
+  WebChannels.request('chat', 'say', $('text').value).then(() => $('say').reset(), showError)
+
+// The wave: heights from 1 to -1, the latest first.
+const plot = $('plot'), pen = plot.getContext('2d')
+const still = matchMedia('(prefers-reduced-motion: reduce)')
+let heights = [], pushes = 0
+const draw = () => {
+  const scale = devicePixelRatio
+  const width = plot.width = plot.clientWidth * scale // setting it clears it
+  const height = plot.height = plot.clientHeight * scale
+  const place = (value, age) => [width * (1 - age / 300) - 6 * scale, height * (.5 - .45 * value)]
+  pen.strokeStyle = pen.fillStyle = getComputedStyle(plot).color
+  pen.lineWidth = 2 * scale
+  heights.forEach((value, age) => pen.lineTo(...place(value, age)))
+  pen.stroke()
+  pen.beginPath()
+  pen.arc(...place(heights[0], 0), 4 * scale, 0, 7)
+  pen.fill()
+}
+new ResizeObserver(draw).observe(plot)
+matchMedia('(prefers-color-scheme: dark)').onchange = draw
+WebChannels.channel('/wave/tick', height => {
+  heights = [height, ...heights.slice(0, 299)]
+  if (!still.matches || pushes++ % 20 === 0) draw()
+})
+WebChannels.subscribe('wave')
+$('live').onchange = () =>
+  WebChannels[$('live').checked ? 'subscribe' : 'unsubscribe']('wave').catch(showError)
+
+// The echo. What reads as JSON is sent as such, all else as text.
+const parse = text => { try { return JSON.parse(text) } catch { return text } }
+$('echo').onsubmit = async () => {
+  const start = performance.now()
+  const time = () => `There and back in ${(performance.now() - start).toFixed(1)} ms`
+  $('answer').textContent = await WebChannels.request('____', 'echo', parse($('payload').value))
+    .then(time, error => error.message)
+}
+</script>
+"""
+
+
+def demo_app() -> WebChannels:
+    """The app behind `python3 webchannels.py`: a new one, so that importing registers nothing."""
+    app = WebChannels()
+    app.channel("/____/echo", lambda payload: payload)
+    app.channels_support("chat")
+    said: collections.deque[dict[str, str]] = collections.deque(maxlen=20)
+    ticker: asyncio.Task[None] | None = None
+    height, rise = 0.0, 0.2
+
+    @app.route("/")
+    def page() -> Response:
+        nonce = secrets.token_urlsafe(16)
+        support = app.channels_support(nonce=nonce)
+        return Response(DEMO_PAGE.replace("NONCE", nonce).replace("SUPPORT", support), headers={
+            "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
+            f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"})
+
+    def line(payload: Any, longest: int) -> str:
+        text = " ".join(payload.split()) if isinstance(payload, str) else ""
+        if not 0 < len(text) <= longest:
+            raise ChannelError(f"Type 1 to {longest} characters")
+        return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
+
+    def tell(note: str) -> None:
+        app.broadcast("chat", "note", note)
+        app.broadcast("chat", "people", [[client.id, client.data["name"]] for client in
+                                         app.connected_clients("chat") if "name" in client.data])
+
+    @app.channel("/chat/name")
+    def rename(client: ChannelClient, payload: Any) -> dict[str, Any]:
+        new = secrets.choice(("Otter", "Heron", "Lynx", "Puffin", "Badger", "Raven", "Stoat"))
+        old, name = client.data.get("name"), new if payload is None else line(payload, 24)
+        client.data["name"] = name
+        note = f"{old} is now {name}" if old else f"{name} joined"
+        asyncio.get_running_loop().call_soon(tell, note)  # after the reply, which tells the id
+        return {"id": client.id, "name": name, "said": list(said)}
+
+    @app.channel("/chat/say")
+    def say(client: ChannelClient, payload: Any) -> None:
+        nonlocal rise
+        rise += 0.2
+        name = client.data.get("name", "Somebody")
+        said.append({"id": client.id, "name": name, "text": line(payload, 500)})
+        app.broadcast("chat", "said", said[-1])
+
+    @app.on_disconnect
+    def leave(client: ChannelClient) -> None:
+        if "name" in client.data:
+            tell(f"{client.data['name']} left")
+
+    async def tick() -> None:
+        nonlocal height, rise
+        while app.connected_clients("wave"):  # it ends when nobody looks
+            rise = 0.97 * rise - 0.06 * height  # a spring
+            height += rise
+            app.broadcast("wave", "tick", round(height / math.hypot(1, height), 3))
+            await asyncio.sleep(0.05)
+
+    @app.channel("/wave/subscribe")
+    def watch(client: ChannelClient) -> None:
+        nonlocal ticker
+        app.subscribe(client, "wave")
+        if ticker is None or ticker.done():
+            ticker = asyncio.get_running_loop().create_task(tick())
+
+    return app
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: serves the demo. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="webchannels", description="Serve the webchannels demo.")
+    parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
+    parser.add_argument("--version", action="version", version=f"webchannels {__version__}")
+    options = parser.parse_args(argv)
+    try:
+        demo_app().up(options.port, options.host, block=True, open_browser=options.open)
+    except (OSError, OverflowError) as error:
+        print(f"webchannels: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
