@@ -1606,6 +1606,36 @@ class MessagesTest(ServerTest):
     async def cancel(self) -> None:
         raise asyncio.CancelledError
 
+    def test_a_handler_of_a_client_that_left_counts_until_it_is_done(self) -> None:
+        self.app.config.max_clients = 1
+        self.app.config.shutdown_timeout = 0.2
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "later", "payload": 0.5})
+        client.close()
+        self.until(lambda: self.app.disconnected_clients())
+        with self.assertRaises(Refused):
+            self.connect()
+        self.until(lambda: not self.app._sockets)
+        self.connect()
+
+    def test_who_leaves_during_the_handshake_leaves_nothing_behind(self) -> None:
+        entered, release = threading.Event(), threading.Event()
+
+        async def come() -> None:
+            entered.set()
+            await asyncio.get_running_loop().run_in_executor(None, release.wait)
+
+        self.app.on_connect(come)
+        with Connection(self.url) as connection:
+            head = "".join(f"{k}: {v}\r\n" for k, v in HandshakeTest.HEAD.items())
+            connection.send_raw(f"GET / HTTP/1.1\r\n{head}\r\n".encode())
+            entered.wait(10)
+            linger = struct.pack("ii", 1, 0)  # close with a reset
+            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        release.set()
+        self.until(lambda: not self.app._http and not self.app._sockets)
+        self.assertEqual(self.app.connected_clients(), [])
+
     def threaded(self) -> str:
         return f"{threading.current_thread().name[:11]} {self.app.params('payload')}"
 

@@ -83,7 +83,7 @@ class Config:
     server_port: int = 8000  # the same; 0 picks a free port
     websockets_server: bool = True  # False: every WebSocket handshake is answered 404
     websockets_path: str = "/"  # where the WebSocket lives; a page may have the same path
-    base_path: str = ""  # the prefix that a reverse proxy strips, such as "/live"
+    base_path: str = ""  # the prefix that a reverse proxy strips, "/live", or a whole URL
     default_channel: str = "____"  # the channel of channels_support()
     # Whose pages may connect and post. None: same origin only; ["https://example.com"]; "*": any.
     allowed_origins: str | Sequence[str] | None = None
@@ -590,8 +590,8 @@ class FrameReader:
     """
 
     __slots__ = ("_compressed", "_decoder", "_done", "_final", "_final_blocks", "_head", "_inflate",
-                 "_inflater", "_left", "_mask", "_max", "_opcode", "_parts", "_size", "frames",
-                 "more", "unfinished")
+                 "_inflater", "_joined", "_left", "_mask", "_max", "_opcode", "_parts", "_size",
+                 "frames", "more", "unfinished")
 
     def __init__(self, max_message_size: int, inflate: bool = False) -> None:
         """`inflate`: was permessage-deflate agreed on?"""
@@ -613,6 +613,7 @@ class FrameReader:
         self._opcode = self._size = 0  # of the message that has not fully arrived; 0: there is none
         self._compressed = False
         self._parts: list[Any] = []
+        self._joined = 0  # how many of them stand for a thousand
         self._decoder: codecs.IncrementalDecoder | None = None
         self._inflater: Any = None
         self._final_blocks = 0
@@ -640,7 +641,11 @@ class FrameReader:
         self.more = False
         self.unfinished = self._left
         end = len(data)
+        last = self.frames + 1000
         while end - at >= 2 and not self.more:
+            if self.frames == last:  # of tiny frames a chunk holds tens of thousands
+                self.more = True
+                break
             first = data[at]
             start = at + 6
             stop = start + data[at + 1] - 128
@@ -734,6 +739,10 @@ class FrameReader:
     def _add(self, part: bytes, final: bool = False) -> None:
         """Add to the message what is plain by now."""
         self._size += len(part)
+        if len(self._parts) - self._joined > 1000:  # of tiny fragments each costs 60 bytes
+            tail = self._parts[self._joined:]
+            self._parts[self._joined:] = [tail[0][:0].join(tail)]
+            self._joined += 1
         if self._opcode == BINARY:
             self._parts.append(part)
             return
@@ -1003,13 +1012,15 @@ class ChannelClient(asyncio.Protocol):
         self._transport.set_protocol(self)
         self.connected = True
         self.resume_writing()
+        # Paused first: after an end of stream this reads it again, now for this client.
+        self._transport.pause_reading()
         self._transport.resume_reading()
 
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
         """The peer's bytes."""
-        self._heard = True
+        self._heard = self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
@@ -1020,8 +1031,9 @@ class ChannelClient(asyncio.Protocol):
                 self._pending.append(event)
                 if kind == CLOSE:
                     self._leave()
+        self._corked = False
         self._work()
-        if self._pending:
+        if self._pending or self._frames.more:
             self._held += len(data)
             if self._reading and (self._held > _READ_AHEAD or self._frames.more):
                 self._reading = False
@@ -1037,10 +1049,11 @@ class ChannelClient(asyncio.Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
         self._closing = self._ended = True
-        self._app._sockets.discard(self)
         self._leave()
         self.resume_writing()  # what arrived before is handled still
         self._writer = None  # it is large, and disconnected_clients() may list this for a while
+        if not self._task:  # while a handler runs, this counts against config.max_clients
+            self._app._sockets.discard(self)
 
     def pause_writing(self) -> None:
         """The transport is full."""
@@ -1099,6 +1112,8 @@ class ChannelClient(asyncio.Protocol):
         def done(task: asyncio.Future[None]) -> None:
             self._task = None
             self._work()
+            if not self._writer and not self._task:
+                self._app._sockets.discard(self)
         self._task = asyncio.ensure_future(answer)
         self._task.add_done_callback(done)
 
@@ -1112,7 +1127,8 @@ class ChannelClient(asyncio.Protocol):
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
         if not self._corked and not self._behind:  # the queue is empty then
-            self._transport.write(frame)
+            if not self._transport.is_closing():
+                self._transport.write(frame)
             return
         self._queue.append(frame)
         self._queued += len(frame)
@@ -1179,6 +1195,8 @@ class ChannelClient(asyncio.Protocol):
 
     def _check(self, now: float, settings: Config) -> None:
         """Called by the sweep: is the peer alive, and does it finish what it began?"""
+        if not self._writer:
+            return
         if self._heard or self._task and not self._reading:
             self._heard = self._pinged = False
             self._since = now
@@ -1585,7 +1603,7 @@ class WebChannels:
                 client._await(origin.reply_later(result))
             else:
                 origin.reply(result)
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             origin.fail(error)
 
     def _default(self, client: ChannelClient, channel: str, message: str) -> str:
@@ -1626,15 +1644,20 @@ class WebChannels:
                 keep_alive = not (request.http_1_0 or self._stopping
                                   or "close" in request.members("connection"))  # RFC 9112, 9.3
                 writer.write(answer.encode(request.method == "HEAD", not keep_alive))
+                if requests.buffer:  # pipelined: others have their turn
+                    await asyncio.sleep(0)
                 if writer.transport.get_write_buffer_size():
                     await asyncio.wait_for(writer.drain(), settings.keep_alive_timeout)
             if client is not None:
+                if writer.transport.is_closing():  # lost already: nobody would tell the client
+                    raise ConnectionResetError
                 client._attach(writer)
                 reader.feed_eof()  # what arrived behind the request is the client's already
                 client.data_received(bytes(requests.buffer) + await reader.read())
         except HTTPError as error:  # nothing more can be read
+            self._http[task] = (math.inf, False)
             logger.warning("bad request from %s: %s", address, error)
-            with contextlib.suppress(OSError, asyncio.TimeoutError):
+            with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.CancelledError):
                 writer.write(error.response.encode(close=True))
                 if writer.can_write_eof():  # read on: a reset could overtake the answer
                     writer.write_eof()
@@ -1688,7 +1711,9 @@ class WebChannels:
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            if self._stopping and isinstance(error, asyncio.CancelledError):
+                raise
             logger.exception("%r failed", request)
             return HTTPError(500).response
 
@@ -1826,7 +1851,8 @@ class WebChannels:
         finally:
             with self._lock:
                 self._loop = None
-                self._run_calls()  # other threads wait for them
+                while self._calls:  # other threads wait for them
+                    self._run_calls()
                 self._reset()
             self._done.set()
 
@@ -1888,6 +1914,7 @@ class WebChannels:
         if tasks:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
+            client._close(1001, "server going down")  # also behind a handler that does not end
             client._abort("the server goes down")
         for task in tasks:
             task.cancel()
@@ -1943,7 +1970,7 @@ class WebChannels:
         return future.result()
 
     def _run_calls(self) -> None:
-        while self._calls:
+        if self._calls:  # one: threads that call again and again must not hold the loop
             call, future = self._calls.popleft()
             try:
                 future.set_result(call())
