@@ -93,6 +93,11 @@ class Connection:
     def close(self) -> None:
         self.sock.close()
 
+    def reset(self) -> None:
+        """Close with a reset in place of an end of stream."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
     def send_raw(self, data: bytes) -> None:
         self.sock.sendall(data)
 
@@ -1611,7 +1616,8 @@ class MessagesTest(ServerTest):
         self.app.config.shutdown_timeout = 0.2
         client = self.connect()
         client.send_json({"channel": "____", "message": "later", "payload": 0.5})
-        client.close()
+        self.until(lambda: any(each._task for each in self.app._sockets))
+        client.reset()
         self.until(lambda: self.app.disconnected_clients())
         with self.assertRaises(Refused):
             self.connect()
@@ -1630,8 +1636,7 @@ class MessagesTest(ServerTest):
             head = "".join(f"{k}: {v}\r\n" for k, v in HandshakeTest.HEAD.items())
             connection.send_raw(f"GET / HTTP/1.1\r\n{head}\r\n".encode())
             entered.wait(10)
-            linger = struct.pack("ii", 1, 0)  # close with a reset
-            connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            connection.reset()
         release.set()
         self.until(lambda: not self.app._http and not self.app._sockets)
         self.assertEqual(self.app.connected_clients(), [])
