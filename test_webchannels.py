@@ -1342,6 +1342,18 @@ class TimeLimitsTest(ServerTest):
                 time.sleep(0.15)
             self.assertEqual(connection.response().status, 200)
 
+    def test_a_large_upload_may_take_its_time(self) -> None:
+        for head, chunk in ((b"Content-Length: 40960", b"%b"),
+                            (b"Transfer-Encoding: chunked", b"2000\r\n%b\r\n")):
+            with Connection(self.url) as connection:
+                connection.send_raw(b"POST / HTTP/1.1\r\nHost: localhost\r\n" + head + b"\r\n\r\n")
+                for _ in range(5):
+                    time.sleep(0.12)
+                    connection.send_raw(chunk % bytes(8192))
+                if b"chunked" in head:
+                    connection.send_raw(b"0\r\n\r\n")
+                self.assertEqual(connection.response().body, b"40960")
+
     def test_idle_connections_end_without_a_word(self) -> None:
         for data in (b"", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
             with Connection(self.url) as connection:
@@ -1776,6 +1788,34 @@ class MessagesTest(ServerTest):
         client.sock.shutdown(socket.SHUT_WR)
         self.assertEqual(client.recv_text(), "later 0.1")
         self.assertEqual(client.rest(), b"")
+
+    def test_a_half_closed_peer_gets_all_that_is_queued(self) -> None:
+        client = self.connect()
+        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 50_000})
+
+        def write() -> None:
+            for _ in range(100):
+                client.send_text(message)
+            client.sock.shutdown(socket.SHUT_WR)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        for _ in range(100):
+            self.assertEqual(len(client.recv_text()), 50_000)
+        writer.join()
+        self.assertEqual(client.rest(), b"")
+
+    def test_what_arrived_before_a_reset_is_handled(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "later", "payload": 0.3})
+        for number in range(3):
+            client.send_json({"channel": "____", "message": "note", "payload": number})
+        self.until(lambda: any(len(each._pending) == 3 for each in self.app._sockets))
+        client.reset()
+        self.until(lambda: len(handled) == 3)
+        self.assertEqual(handled, [0, 1, 2])
 
     def test_reading_stops_while_a_handler_is_busy(self) -> None:
         self.app.channel("/____/wait", self.wait)

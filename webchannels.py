@@ -1044,14 +1044,18 @@ class ChannelClient(asyncio.Protocol):
         self._ended = True
         self._leave()
         self._set_deadline()
-        return bool((self._task or self._pending) and self._transport.can_write_eof())
+        owed = self._task or self._pending or self._queue
+        return bool(owed and self._transport.can_write_eof())  # TLS has no half-closed connections
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
+        if self._closing:
+            self._pending.clear()  # nothing is taken after our Close frame
         self._closing = self._ended = True
-        self._leave()
-        self.resume_writing()  # what arrived before is handled still
         self._writer = None  # it is large, and disconnected_clients() may list this for a while
+        self._behind = False
+        self._leave()
+        self._work()  # what arrived before is handled still
         if not self._task:  # while a handler runs, this counts against config.max_clients
             self._app._sockets.discard(self)
 
@@ -1063,7 +1067,7 @@ class ChannelClient(asyncio.Protocol):
         """The transport has room again."""
         self._behind = False
         self._flush()
-        self._work()
+        self._app._soon(self._work)  # later: it may close the transport, which is writing now
 
     # Messages are handled in order.
 
@@ -1081,7 +1085,7 @@ class ChannelClient(asyncio.Protocol):
                 turns += 1
                 kind, data = pending.popleft()
                 if kind == TEXT or kind == BINARY:
-                    if not self._closing:
+                    if not self._closing or not self._writer:
                         self._app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s", self, data)
@@ -1405,8 +1409,9 @@ class WebChannels:
     def on_connect(self, handler: H) -> H:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
-        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. Registering a
-        function of the same name again replaces it.
+        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
+        `client.send()`, but the client is not connected yet, so it cannot be subscribed.
+        Registering a function of the same name again replaces it.
         """
         endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
         self._on_connect[endpoint.name] = endpoint
@@ -1549,7 +1554,7 @@ class WebChannels:
         self._left_at[client] = self._now()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
-        for endpoint in self._on_disconnect.values():
+        for endpoint in list(self._on_disconnect.values()):
             task = asyncio.ensure_future(notify(endpoint))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -1647,9 +1652,11 @@ class WebChannels:
                 if requests.buffer:  # pipelined: others have their turn
                     await asyncio.sleep(0)
                 if writer.transport.get_write_buffer_size():
-                    await asyncio.wait_for(writer.drain(), settings.keep_alive_timeout)
+                    patience = settings.keep_alive_timeout + len(answer.body) / 16384
+                    await asyncio.wait_for(writer.drain(), patience)
             if client is not None:
-                if writer.transport.is_closing():  # lost already: nobody would tell the client
+                if writer.transport.is_closing() or reader.at_eof() or reader.exception():
+                    # It is lost already, and nobody would tell the client.
                     raise ConnectionResetError
                 client._attach(writer)
                 reader.feed_eof()  # what arrived behind the request is the client's already
@@ -1670,12 +1677,15 @@ class WebChannels:
             self._writers.discard(writer)
             if client is None:
                 writer.close()
+                if writer.transport.get_write_buffer_size():  # the peer may never read it
+                    asyncio.get_running_loop().call_later(
+                        settings.keep_alive_timeout, writer.transport.abort)
 
     async def _next_request(self, requests: RequestReader, reader: asyncio.StreamReader,
                             writer: asyncio.StreamWriter) -> Request | None:
         """The next request; None at the connection's end. Raises HTTPError for a bad one."""
         task: Any = asyncio.current_task()
-        begun = 0.0
+        begun, size = 0.0, len(requests.buffer)
         while True:
             request = requests.next()
             idle = request is None and not requests.begun
@@ -1686,9 +1696,9 @@ class WebChannels:
                 writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
                 requests.expects_continue = False
             now = self._now()
-            begun = 0.0 if idle else begun or now
-            self._http[task] = (now + self.config.keep_alive_timeout if idle else begun + allowance(
-                self.config, len(requests.buffer)), idle)
+            begun, size = (0.0, 0) if idle else (begun or now, size)
+            self._http[task] = (now + self.config.keep_alive_timeout if idle else
+                                begun + allowance(self.config, size), idle)
             try:
                 data = await reader.read(65536)
             except asyncio.CancelledError:  # by the sweep, or at the end
@@ -1697,6 +1707,7 @@ class WebChannels:
                 data = b""
             if not data:
                 return None
+            size += len(data)
             requests.receive(data)
 
     async def _answer(self, request: Request) -> Response | ChannelClient:
@@ -1846,8 +1857,10 @@ class WebChannels:
                 await self._stop.wait()
             finally:
                 server.close()
-                await self._shut_down()
-                sweep.cancel()
+                try:
+                    await self._shut_down()
+                finally:
+                    sweep.cancel()
         finally:
             with self._lock:
                 self._loop = None
