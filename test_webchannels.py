@@ -2630,7 +2630,7 @@ class InChromium(BrowserTest):
         if not nginx:
             self.skipTest("needs nginx")
         folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
-        self.addCleanup(shutil.rmtree, folder)
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             front = free.getsockname()[1]
         self.app.config.base_path = "/live"
@@ -2747,7 +2747,7 @@ class InChromium(BrowserTest):
 
     def test_the_demo_alone_in_an_empty_folder(self) -> None:
         folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
-        self.addCleanup(shutil.rmtree, folder)
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
         shutil.copy(HERE / "webchannels.py", folder)
         with Terminal(sys.executable, "-I", "-S", "webchannels.py", "--port", "0",
                       cwd=folder) as demo:
@@ -2838,7 +2838,7 @@ class ReadmeTest(BrowserTest):
     def setUp(self) -> None:
         super().setUp()
         self.folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
-        self.addCleanup(shutil.rmtree, self.folder)
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
         self.blocks: dict[str, list[tuple[str, str]]] = {}  # (language, text) by heading
         heading, text = "", (HERE / "README.md").read_text(encoding="utf-8")
         for title, language, block in re.findall(r"(?ms)^#+ ([^\n]+)$|^```(\w+)\n(.*?)^```$", text):
