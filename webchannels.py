@@ -1545,7 +1545,7 @@ class WebChannels:
         async def notify(endpoint: Endpoint) -> None:
             try:
                 await self._invoke(endpoint, {"client": client, "request": client.request})
-            except Exception:
+            except Exception:  # the program's, told in the log: the client is gone, nobody waits
                 logger.exception("%s failed for %r", endpoint.name, client)
 
         self._clients.pop(client, None)
