@@ -909,6 +909,7 @@ def check_size(settings: Config, body: bytes) -> None:
 
 SHUT = -2  # the event of the server's going down; no opcode
 _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
+_SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
 _TURN = 256  # messages of one client handled in a row, before others have their turn
 _EMPTY = encode_frame(TEXT, b"")
 _PING = encode_frame(PING, b"")
@@ -1211,7 +1212,7 @@ class ChannelClient(asyncio.Protocol):
         if self._deadline:
             if now >= self._deadline:
                 self._abort("it did not close in time")
-        elif now - self._frame_mark[1] > allowance(settings, size):
+        elif now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
             self._close(1013, "frame not finished in time")
         elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
             self._abort("no answer to a ping")
@@ -1220,18 +1221,153 @@ class ChannelClient(asyncio.Protocol):
             self._write(_PING)
 
 
-def allowance(settings: Config, size: int) -> float:
-    """How long something of `size` bytes may take to arrive: 16 KiB/s is slow enough."""
-    return settings.handshake_timeout + size / 16384
-
-
 # ---------------------------------------------------------------------------------------- app
 
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
+# From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, Iterable[ChannelClient]]
+
+
+class HTTPConnection(asyncio.Protocol):
+    """A connection, from its first byte to its end, or until it becomes a WebSocket."""
+
+    def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
+        self._app, self._settings = app, app.config
+        self._writer = writer  # its finaliser closes the transport
+        self.transport: Any = writer.transport
+        peer = self.transport.get_extra_info("peername")
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._requests = RequestReader(app.config.max_header_size, app.config.max_body_size)
+        self._begun = False  # a part of a request is here
+        self._behind = False  # the peer must read first
+        self._half_closed = False  # the peer sends no more
+        self._ended = False  # nothing more is answered
+        self.task: asyncio.Task[Any] | None = None  # the answer that is awaited
+        self._wait(app.config.keep_alive_timeout)
+        app._http.add(self)
+        self.transport.set_protocol(self)
+        if len(app._http) > app.config.max_clients:
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
+
+    def _wait(self, seconds: float, size: int = 0) -> None:
+        """Set when the sweep will end what is waited for, which is of `size` bytes."""
+        self.deadline = self._app._now() + seconds + size / _SLOWEST
+
+    def data_received(self, data: bytes) -> None:
+        """The peer's bytes."""
+        if self._ended:
+            return
+        self._requests.receive(data)
+        self.deadline += len(data) / _SLOWEST
+        self._work()
+        if (self.task or self._behind) and len(self._requests.buffer) > _READ_AHEAD:
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        """The peer sends no more; what it asked for before is still answered."""
+        self._half_closed = True
+        if not self._ended:
+            self._work()
+        return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is gone."""
+        self._ended = True
+        if not self.task:
+            self._app._http.discard(self)
+
+    def pause_writing(self) -> None:
+        """The transport is full."""
+        self._behind = True
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._behind = False
+        self._app._soon(self._work)
+
+    def is_idle(self) -> bool:
+        """Is it between two requests?"""
+        return not (self.task or self._begun or self._ended)
+
+    def _work(self) -> None:
+        """Answer the next request, if it has arrived and the peer reads its answers."""
+        if self.task or self._behind or self._ended:
+            return
+        requests = self._requests
+        try:
+            request = requests.next()
+        except HTTPError as error:  # nothing more can be read
+            self._refuse(error)
+            return
+        if request:
+            request.address = self._address
+            self._begun, self.deadline = False, math.inf
+            task: Any = asyncio.Task(self._app._answer(request), loop=self._app._loop, **_EAGER)
+            self.task = task
+            if task.done():
+                self._answered(request, task)
+            else:
+                task.add_done_callback(functools.partial(self._answered, request))
+            return
+        self.transport.resume_reading()
+        if requests.expects_continue:
+            requests.expects_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._half_closed or self._app._stopping and not requests.begun:
+            self._ended = True
+            self.transport.close()
+        elif requests.begun and not self._begun:
+            self._begun = True
+            self._wait(self._settings.handshake_timeout, len(requests.buffer))
+
+    def _answered(self, request: Request, task: asyncio.Task[Any]) -> None:
+        """Send the answer, or become a WebSocket."""
+        self.task = None
+        rest = self._requests.buffer
+        upgraded = not task.cancelled() and isinstance(task.result(), ChannelClient)
+        if task.cancelled() or self.transport.is_closing() or upgraded and self._half_closed:
+            self._app._http.discard(self)  # the server goes down, or the peer is gone
+            self.transport.abort()
+        elif upgraded:
+            self._app._http.discard(self)
+            task.result()._attach(self._writer)
+            task.result().data_received(bytes(rest))  # it arrived behind the request
+        else:
+            answer = task.result()
+            self._wait(self._settings.keep_alive_timeout, len(answer.body))
+            self._ended = (request.http_1_0 or self._app._stopping
+                           or "close" in request.members("connection"))  # RFC 9112, 9.3
+            self.transport.write(answer.encode(request.method == "HEAD", self._ended))
+            if self._ended:
+                self.transport.close()
+            elif rest or self._half_closed:
+                self._app._soon(self._work)  # not now: others have their turn
+
+    def _refuse(self, error: HTTPError) -> None:
+        logger.warning("bad request from %s: %s", self._address, error)
+        self._ended = True
+        self._wait(_LINGER)
+        self.transport.write(error.response.encode(close=True))
+        if self.transport.can_write_eof():  # read on: a reset could overtake the answer
+            self.transport.resume_reading()
+            with contextlib.suppress(OSError):  # the peer is gone already
+                self.transport.write_eof()
+        else:
+            self.transport.close()
+
+    def expire(self) -> None:
+        """Called by the sweep when the deadline is over."""
+        if self._behind or self._ended:
+            self.transport.abort()
+        elif self._begun:
+            self._refuse(HTTPError(408))
+        else:
+            self._ended = True
+            self.transport.close()
 
 
 class _Origin:
@@ -1351,9 +1487,7 @@ class WebChannels:
         self._local_only = False
         self._listening: Sequence[Any] = ()
         self._executor: concurrent.futures.ThreadPoolExecutor | None = None
-        # HTTP connections: when does the sweep end what they wait for, and are they idle?
-        self._http: dict[asyncio.Task[None], tuple[float, bool]] = {}
-        self._writers: set[asyncio.StreamWriter] = set()  # theirs
+        self._http: set[HTTPConnection] = set()
         self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
         self._clients: dict[ChannelClient, None] = {}  # that are connected
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
@@ -1623,92 +1757,8 @@ class WebChannels:
 
     # HTTP.
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One connection, from its first byte to its end or its upgrade."""
-        settings = self.config
-        requests = RequestReader(settings.max_header_size, settings.max_body_size)
-        peer = writer.get_extra_info("peername")
-        address = str(peer[0]) if isinstance(peer, tuple) else ""
-        task: Any = asyncio.current_task()
-        self._http[task] = (math.inf, True)
-        self._writers.add(writer)
-        client: ChannelClient | None = None
-        try:
-            if len(self._http) > settings.max_clients:
-                raise HTTPError(503, headers={"Retry-After": "5"})
-            keep_alive = True
-            while keep_alive and client is None:
-                request = await self._next_request(requests, reader, writer)
-                if request is None:
-                    return
-                request.address = address
-                answer: Any = await self._answer(request)
-                if isinstance(answer, ChannelClient):
-                    client = answer
-                    continue
-                keep_alive = not (request.http_1_0 or self._stopping
-                                  or "close" in request.members("connection"))  # RFC 9112, 9.3
-                writer.write(answer.encode(request.method == "HEAD", not keep_alive))
-                if requests.buffer:  # pipelined: others have their turn
-                    await asyncio.sleep(0)
-                if writer.transport.get_write_buffer_size():
-                    patience = settings.keep_alive_timeout + len(answer.body) / 16384
-                    await asyncio.wait_for(writer.drain(), patience)
-            if client is not None:
-                if writer.transport.is_closing() or reader.at_eof() or reader.exception():
-                    # It is lost already, and nobody would tell the client.
-                    raise ConnectionResetError
-                client._attach(writer)
-                reader.feed_eof()  # what arrived behind the request is the client's already
-                client.data_received(bytes(requests.buffer) + await reader.read())
-        except HTTPError as error:  # nothing more can be read
-            self._http[task] = (math.inf, False)
-            logger.warning("bad request from %s: %s", address, error)
-            with contextlib.suppress(OSError, asyncio.TimeoutError, asyncio.CancelledError):
-                writer.write(error.response.encode(close=True))
-                if writer.can_write_eof():  # read on: a reset could overtake the answer
-                    writer.write_eof()
-                    await asyncio.wait_for(_read_on(reader), _LINGER)
-        except (OSError, asyncio.TimeoutError, asyncio.CancelledError) as gone:
-            logger.debug("connection from %s ended: %r", address, gone)
-            writer.transport.abort()
-        finally:
-            del self._http[task]
-            self._writers.discard(writer)
-            if client is None:
-                writer.close()
-                if writer.transport.get_write_buffer_size():  # the peer may never read it
-                    asyncio.get_running_loop().call_later(
-                        settings.keep_alive_timeout, writer.transport.abort)
-
-    async def _next_request(self, requests: RequestReader, reader: asyncio.StreamReader,
-                            writer: asyncio.StreamWriter) -> Request | None:
-        """The next request; None at the connection's end. Raises HTTPError for a bad one."""
-        task: Any = asyncio.current_task()
-        begun, size = 0.0, len(requests.buffer)
-        while True:
-            request = requests.next()
-            idle = request is None and not requests.begun
-            if request is not None or idle and self._stopping:
-                self._http[task] = (math.inf, False)
-                return request
-            if requests.expects_continue:
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                requests.expects_continue = False
-            now = self._now()
-            begun, size = (0.0, 0) if idle else (begun or now, size)
-            self._http[task] = (now + self.config.keep_alive_timeout if idle else
-                                begun + allowance(self.config, size), idle)
-            try:
-                data = await reader.read(65536)
-            except asyncio.CancelledError:  # by the sweep, or at the end
-                if not idle:
-                    raise HTTPError(408) from None
-                data = b""
-            if not data:
-                return None
-            size += len(data)
-            requests.receive(data)
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        HTTPConnection(self, writer)  # it needs no streams, which would cost half of the speed
 
     async def _answer(self, request: Request) -> Response | ChannelClient:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
@@ -1914,21 +1964,23 @@ class WebChannels:
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
-        for task, (_, idle) in self._http.items():
-            if idle:
-                task.cancel()
+        for connection in list(self._http):
+            if connection.is_idle():
+                connection.transport.close()
         for client in list(self._sockets):
             client._shut()
         end = self._now() + self.config.shutdown_timeout
         while (self._http or self._sockets or self._tasks) and self._now() < end:
             await asyncio.sleep(0.01)
-        tasks: list[Any] = [*self._tasks, *self._http,
+        tasks: list[Any] = [*self._tasks, *[each.task for each in self._http if each.task],
                             *[each._task for each in self._sockets if each._task]]
         if tasks:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
             client._close(1001, "server going down")  # also behind a handler that does not end
             client._abort("the server goes down")
+        for connection in list(self._http):
+            connection.transport.abort()
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
@@ -1945,9 +1997,9 @@ class WebChannels:
             now = self._now()
             for client in list(self._sockets):
                 client._check(now, settings)
-            for task, (deadline, _) in list(self._http.items()):
-                if now >= deadline:
-                    task.cancel()
+            for connection in list(self._http):
+                if now >= connection.deadline:
+                    connection.expire()
             for client, left in list(self._left_at.items()):
                 if now - left >= settings.disconnected_ttl:
                     del self._left_at[client]
@@ -1996,7 +2048,8 @@ class WebChannels:
         Open copies would keep them alive. They are replaced by the null device: closing them
         would free numbers that objects still take for theirs.
         """
-        ends: list[Any] = [*self._writers, *(client._transport for client in self._sockets)]
+        ends: list[Any] = [*(connection.transport for connection in self._http),
+                           *(client._transport for client in self._sockets)]
         with open(os.devnull) as null:
             for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
                 if each.fileno() >= 0:
@@ -2004,11 +2057,6 @@ class WebChannels:
         self._lock = threading.RLock()
         self._calls.clear()
         self._reset()
-
-
-async def _read_on(reader: asyncio.StreamReader) -> None:
-    while await reader.read(65536):
-        pass
 
 
 @functools.lru_cache(maxsize=256)
