@@ -1230,16 +1230,16 @@ class ChannelClient(asyncio.Protocol):
 # ---------------------------------------------------------------------------------------- bus
 
 _PATIENCE = 5.0  # seconds for Redis to answer
-_RETRY = 1.0  # seconds: the longest pause before it is tried again
-_RESP = re.compile(rb"\$(\d{1,10})\r\n|[-+:_#,*%~>][^\r\n]*\r\n")
+_RETRY = 0.5  # seconds: the longest pause before it is tried again
+_RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, which begin with "-"
 
 
 class Bus:
-    """Carries broadcasts between processes: `config.bus` is one with an engine of your own.
+    """Carries broadcasts between processes; derive from it for an engine of your own.
 
-    Its methods are called in the app's event loop and must not block it. They hand what comes
-    from other processes to `self.deliver(channel, data)`, from any thread; what comes back of
-    their own is ignored there. This one carries nothing: a process by itself.
+    An instance is `config.bus`. The app calls its methods in the event loop, which they must not
+    block. It calls `self.deliver(channel, data)`, from any thread, with what others published (and
+    with its own if it likes: that is ignored). This one carries nothing: a process by itself.
     """
 
     deliver: Callable[[str, bytes], None]  # set before start()
@@ -1251,30 +1251,28 @@ class Bus:
         """Disconnect."""
 
     def publish(self, channel: str, data: bytes) -> None:
-        """Carry `data`, in order, to the processes that listen to `channel`."""
+        """Carry `data` to the processes that listen to `channel`, in order."""
 
     def listen(self, channel: str, wanted: bool) -> None:
-        """The channel has its first subscriber in this process, or has lost its last."""
+        """The channel has its first subscriber in this process, or has lost the last."""
 
 
 class RedisBus(Bus):
-    """Redis 6 or later, over one connection, for RESP3 publishes and subscribes on the same one.
+    """Redis 6 or later: with RESP3 one connection can publish and subscribe.
 
-    While Redis is away, the last `limit` bytes of broadcasts are held. What was under way may be
-    lost; nothing comes twice.
+    While it is away, the last `limit` bytes of broadcasts are held. What was under way may be lost.
     """
 
     def __init__(self, url: str, limit: int) -> None:
         match = re.fullmatch(r"(rediss?)://(?:([^:@/]*):([^@/]*)@)?([^:@/[\]]+|\[[\w:.]+\])"
                              r"(?::(\d{1,5}))?/?([\w-]*)", url)
-        if not match:  # the error must not show a password
+        if not match:  # the URL may have a password, and is not shown
             raise ValueError("config.redis_url is not redis[s]://[user:password@]host[:port][/name]"
                              ", with %-escapes in the user and the password")
         scheme, user, self._secret, host, port, name = map(urllib.parse.unquote, match.groups(""))
         self._where = host.strip("[]"), int(port or 6379)
         self._ssl = ssl_module.create_default_context() if scheme == "rediss" else None
-        # The number or name of a database is only a prefix: PUBLISH heeds none (its manual page).
-        self._prefix = f"webchannels/{name or 0}/"
+        self._prefix = f"webchannels/{name or 0}/"  # for PUBLISH, all databases are one
         auth = ["AUTH", *filter(None, (user, self._secret))] if self._secret else []
         self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
         self._limit, self._held, self._dropped = limit, 0, 0
@@ -1291,12 +1289,9 @@ class RedisBus(Bus):
     async def stop(self) -> None:
         self._flush()
         self._stopping = True
-        if self._writer:
-            self._writer.write(_command("QUIT"))  # it closes when it has read all
-            await asyncio.wait([self._task], timeout=0.5)
-        while not self._task.done():  # wait_for() may swallow a cancellation before Python 3.12
-            self._task.cancel()
-            await asyncio.wait([self._task], timeout=0.1)
+        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
+        await asyncio.wait([self._task], timeout=0.5)
+        self._task.cancel()
 
     def publish(self, channel: str, data: bytes) -> None:
         if not self._queue:
@@ -1314,15 +1309,18 @@ class RedisBus(Bus):
         self._channels[name] = channel
         if not wanted:
             del self._channels[name]
+        self._write("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name)
+
+    def _write(self, *words: str | bytes) -> None:
         if self._writer:
-            self._writer.write(_command("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name))
+            self._writer.write(_command(*words))
 
     def _flush(self) -> None:
         if self._ready and self._queue and self._writer and (
                 self._writer.transport.get_write_buffer_size() < _READ_AHEAD):
             self._writer.write(b"".join(self._queue))
             if self._dropped:
-                logger.warning("%d broadcasts were dropped, the oldest for Redis", self._dropped)
+                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
             self._queue.clear()
             self._held = self._dropped = 0
 
@@ -1334,61 +1332,56 @@ class RedisBus(Bus):
             writer.writelines(self._login)
             for _ in self._login:
                 line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
-                if line[:1] not in (b"+", b"%"):  # the rest of HELLO's map is read like all else
+                if line[:1] not in (b"+", b"%"):  # what follows in HELLO's map is read later
                     raise ConnectionError(f"it said {line[:200].decode('latin-1').rstrip()!r}")
-            if self._channels:
-                writer.write(_command("SUBSCRIBE", *self._channels))
             self._writer = writer
+            if self._channels:
+                self._write("SUBSCRIBE", *self._channels)
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             why = str(error).replace(self._secret or "\n", "***") or "no answer"
-            raise ConnectionError(f"no Redis at {self._where[0]}:{self._where[1]}: {why}") from None
+            raise ConnectionError("no Redis at %s:%d: %s" % (*self._where, why)) from None
         finally:
             if writer and not self._writer:
                 writer.transport.abort()
 
     async def _keep(self) -> None:
-        """Read; and when the connection is lost, come back."""
-        pause, settle = 0.0, None
+        """Read; when the connection is lost, come back."""
+        pause = 0.0
         while not self._stopping:
             try:
                 if not self._ready:
                     await asyncio.sleep(pause * random.uniform(0.5, 1))
                     pause = min(2 * pause, _RETRY)
                     await self._connect()
-                    # What is held waits until the other processes can be back, too.
-                    settle = asyncio.get_running_loop().call_later(_RETRY, self._back)
+                    # What is held waits until the other processes are back, too.
+                    asyncio.get_running_loop().call_later(2 * _RETRY, self._back, self._writer)
                 await self._read()
-            except OSError as error:
+            except (OSError, asyncio.TimeoutError) as error:
                 if self._ready and not self._stopping:
                     logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                                   *self._where, error, self._limit)
-                    pause = _RETRY / 16
+                                   *self._where, str(error) or "no answer", self._limit)
+                    pause = _RETRY / 8
                 self._ready = False
             finally:
-                if settle:
-                    settle.cancel()
                 if self._writer:
                     self._writer.transport.abort()
                     self._writer = None
 
-    def _back(self) -> None:
-        logger.warning("Redis at %s:%d is back", *self._where)
-        self._ready = True
-        self._flush()
+    def _back(self, writer: asyncio.StreamWriter | None) -> None:
+        if writer is self._writer:
+            logger.warning("Redis at %s:%d is back", *self._where)
+            self._ready = True
+            self._flush()
 
     async def _read(self) -> None:
-        """Deliver what comes. Only `>3` and three strings, the first "message", is one."""
-        data, at, words, asked = b"", 0, [b""], False
+        """Deliver what comes: `>3` and three strings, of which the first is "message"."""
+        data, at, words = b"", 0, [b""]
         while True:
             try:
                 more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
-                asked = False
             except asyncio.TimeoutError:
-                if asked or not self._writer:
-                    raise ConnectionError("no answer to a PING") from None
-                asked = True
-                self._writer.write(_command("PING"))
-                continue
+                self._write("PING")
+                more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
             data, at = data[at:] + more, 0
             match = _RESP.match(data)
             while match:
@@ -1397,8 +1390,6 @@ class RedisBus(Bus):
                 if end > len(data):
                     break
                 words = [*words, data[start:end - 2]] if match[1] else [match[0]]
-                if words[0][:1] == b"-":
-                    raise ConnectionError(f"it said {words[0][:200].decode('latin-1').rstrip()!r}")
                 if len(words) == 4:
                     if words[:2] == [b">3\r\n", b"message"] and words[2] in self._channels:
                         self.deliver(self._channels[words[2]], words[3])
@@ -1406,7 +1397,7 @@ class RedisBus(Bus):
                 at = end
                 match = _RESP.match(data, at)
             if not more or len(data) - at > self._limit or not match and b"\r\n" in data[at:]:
-                raise ConnectionError(f"it said {data[at:at + 80]!r}" if more else "it closed")
+                raise ConnectionError(f"it said {data[at:at + 200]!r}" if more else "it hung up")
             self._flush()  # Redis has read: there may be room again
 
 
