@@ -1347,7 +1347,7 @@ class RedisBus(Bus):
     async def _keep(self) -> None:
         """Read; when the connection is lost, come back."""
         pause = 0.0
-        while not self._stopping:
+        while True:
             try:
                 if not self._ready:
                     await asyncio.sleep(pause * random.uniform(0.5, 1))
@@ -1357,7 +1357,9 @@ class RedisBus(Bus):
                     asyncio.get_running_loop().call_later(2 * _RETRY, self._back, self._writer)
                 await self._read()
             except (OSError, asyncio.TimeoutError) as error:
-                if self._ready and not self._stopping:
+                if self._stopping:
+                    return
+                if self._ready:
                     logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
                                    *self._where, str(error) or "no answer", self._limit)
                     pause = _RETRY / 8
