@@ -1235,14 +1235,14 @@ _RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, w
 
 
 class Bus:
-    """Carries broadcasts between processes; derive from it for an engine of your own.
+    """Carries broadcasts between processes; `config.bus` may be one with an engine of your own.
 
-    An instance is `config.bus`. The app calls its methods in the event loop, which they must not
-    block. It calls `self.deliver(channel, data)`, from any thread, with what others published (and
-    with its own if it likes: that is ignored). This one carries nothing: a process by itself.
+    The app calls these methods in its event loop; they must not block it. What other processes
+    publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
+    own is ignored there. This one carries nothing: a process by itself.
     """
 
-    deliver: Callable[[str, bytes], None]  # set before start()
+    deliver: Callable[[str, bytes], None]
 
     async def start(self) -> None:
         """Connect. What this raises, `up()` raises."""
@@ -1277,7 +1277,7 @@ class RedisBus(Bus):
         self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
         self._limit, self._held, self._dropped = limit, 0, 0
         self._queue: collections.deque[bytes] = collections.deque()
-        self._channels: dict[bytes, str] = {}
+        self._channels: set[str] = set()  # with the prefix
         self._writer: asyncio.StreamWriter | None = None  # while we are logged in
         self._ready = self._stopping = False
 
@@ -1305,13 +1305,11 @@ class RedisBus(Bus):
             self._dropped += 1
 
     def listen(self, channel: str, wanted: bool) -> None:
-        name = _encode(self._prefix + channel)
-        self._channels[name] = channel
-        if not wanted:
-            del self._channels[name]
+        name = self._prefix + channel
+        (self._channels.add if wanted else self._channels.discard)(name)
         self._write("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name)
 
-    def _write(self, *words: str | bytes) -> None:
+    def _write(self, *words: str) -> None:
         if self._writer:
             self._writer.write(_command(*words))
 
@@ -1356,7 +1354,7 @@ class RedisBus(Bus):
                     # What is held waits until the other processes are back, too.
                     asyncio.get_running_loop().call_later(2 * _RETRY, self._back, self._writer)
                 await self._read()
-            except (OSError, asyncio.TimeoutError) as error:
+            except (OSError, ValueError, asyncio.TimeoutError) as error:
                 if self._stopping:
                     return
                 if self._ready:
@@ -1392,24 +1390,23 @@ class RedisBus(Bus):
                 if end > len(data):
                     break
                 words = [*words, data[start:end - 2]] if match[1] else [match[0]]
-                if len(words) == 4:
-                    if words[:2] == [b">3\r\n", b"message"] and words[2] in self._channels:
-                        self.deliver(self._channels[words[2]], words[3])
-                    words = [b""]
                 at = end
+                if len(words) == 4:
+                    name = words[2].decode("utf-8", "surrogatepass")
+                    if words[:2] == [b">3\r\n", b"message"] and name in self._channels:
+                        self.deliver(name[len(self._prefix):], words[3])
+                    words = [b""]
                 match = _RESP.match(data, at)
             if not more or len(data) - at > self._limit or not match and b"\r\n" in data[at:]:
                 raise ConnectionError(f"it said {data[at:at + 200]!r}" if more else "it hung up")
             self._flush()  # Redis has read: there may be room again
 
 
-def _encode(word: str | bytes) -> bytes:
-    return word if isinstance(word, bytes) else word.encode("utf-8", "surrogatepass")
-
-
 def _command(*words: str | bytes) -> bytes:
-    parts = [b"$%d\r\n%b\r\n" % (len(word), word) for word in map(_encode, words)]
-    return b"*%d\r\n%b" % (len(parts), b"".join(parts))
+    parts = [word.encode("utf-8", "surrogatepass") if isinstance(word, str) else word
+             for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(
+        [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
 
 
 def pack_push(push: Push, without: set[str], among: set[str] | None) -> bytes:
