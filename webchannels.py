@@ -1013,8 +1013,6 @@ class ChannelClient(asyncio.Protocol):
         self._transport.set_protocol(self)
         self.connected = True
         self.resume_writing()
-        # Paused first: after an end of stream this reads it again, now for this client.
-        self._transport.pause_reading()
         self._transport.resume_reading()
 
     # What the transport calls.
