@@ -1205,7 +1205,7 @@ class HttpTest(ServerTest):
         (505, b"GET / HTTP/2.0\r\nHost: localhost\r\n\r\n"),
         (505, b"PRI * HTTP/2.0\r\n\r\n"),
         (501, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
-        (417, b"POST /data HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\n\r\n"),
+        (200, b"POST /data HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\n\r\n"),
         (414, b"GET /" + b"a" * 3000),
         (414, b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (431, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3000),

@@ -39,7 +39,6 @@ import functools
 import hashlib
 import html
 import http.client
-import http.cookies
 import inspect
 import ipaddress
 import json
@@ -124,11 +123,19 @@ _SEGMENTS: dict[type, re.Pattern[str]] = {
 }
 
 
+def _parse_segment(segment: str) -> tuple[str, type]:
+    name, _, kind = segment[1:].partition("::")
+    for known in _SEGMENTS:
+        if name.isidentifier() and known.__name__ == (kind or "str"):
+            return name, known
+    raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
+
+
 class Endpoint:
     """A handler, the names that it takes, and whether it runs in a thread."""
 
     def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
-                 supplied: set[str] | None = None) -> None:
+                 supplied: Iterable[str] | None = None) -> None:
         """`supplied` are the names that a call will have; None: that is not known yet.
 
         Raises TypeError for a handler that cannot be called with these, ValueError for a path.
@@ -140,19 +147,16 @@ class Endpoint:
             raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
         if threaded and inspect.iscoroutinefunction(handler):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
-        try:
-            parameters = inspect.signature(handler).parameters.values()
-        except ValueError:  # some built-ins do not tell: they are called with nothing
-            parameters = {}.values()
-        named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD,
-                                                                  each.VAR_POSITIONAL)]
-        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        every = inspect.signature(handler).parameters.values()
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in every)
+        named = [each for each in every if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
         self.takes = [each.name for each in named]
         self.required = [each.name for each in named if each.default is each.empty]
-        known = (supplied or set(self.required)).union(self.path_names)
-        for name in set(self.required) - known:
-            raise TypeError(f"{self.name} asks for {name!r}, which it cannot get; it can ask for "
-                            f"{', '.join(sorted(known))}")
+        known = {*self.path_names, *(self.required if supplied is None else supplied)}
+        for each in named:
+            if each.kind is each.POSITIONAL_ONLY or each.name in {*self.required} - known:
+                raise TypeError(f"{self.name} asks for {each.name!r} ({each.kind.description}), "
+                                f"but it can ask for {', '.join(sorted(known))}, by name")
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
@@ -161,23 +165,14 @@ class Endpoint:
         return self.handler(**{name: given[name] for name in self.takes if name in given})
 
 
-def _parse_segment(segment: str) -> tuple[str, type]:
-    name, _, kind = segment[1:].partition("::")
-    for known in _SEGMENTS:
-        if name.isidentifier() and known.__name__ == (kind or "str"):
-            return name, known
-    raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
-
-
 Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
 
 
 class Router:
-    """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints; used for routes and channels.
+    """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints, for routes and for channels.
 
-    Static paths are one dict look-up. Others are found in a tree by segments, so the cost does not
-    grow with their number. Static segments win over typed ones, int over float over str. There
-    may be an endpoint for each method under one path; channels use the method "".
+    Static paths are one dict look-up, others are found in a tree by segments. Static segments win
+    over typed ones, int over float over str. Each method under a path may have its own endpoint.
     """
 
     def __init__(self) -> None:
@@ -201,40 +196,35 @@ class Router:
         """
         if path in self._static:
             return self._static[path]
-        segments = path.split("/")[1:]
-        if decode and "%" in path:  # by segments: %2F must not become a separator
-            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
-        return self._walk(self._tree, segments, 0, ())
-
-    def _walk(self, node: dict[Any, Any], segments: list[str], at: int,
-              values: tuple[Any, ...]) -> Found | None:
-        if at == len(segments):
-            return (node[None], values) if None in node else None
-        segment = segments[at]
-        found = self._walk(node[segment], segments, at + 1, values) if segment in node else None
-        for kind, pattern in _SEGMENTS.items():
-            if found is None and kind in node and pattern.fullmatch(segment):
-                found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
-        return found
+        ways: list[Found] = [(self._tree, ())]  # the nodes reached and the values, best first
+        for segment in path.split("/")[1:]:
+            if decode and "%" in path:  # by segments: %2F must not become a separator
+                segment = urllib.parse.unquote(segment, errors="strict")
+            ways = [(node[key], values if key is segment else (*values, key(segment)))
+                    for node, values in ways for key in (segment, *_SEGMENTS) if key in node
+                    and (key is segment or _SEGMENTS[key].fullmatch(segment))]
+        return next(((node[None], values) for node, values in ways if None in node), None)
 
 
 # --------------------------------------------------------------------------------------- http
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
-_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_BARE_CR = re.compile(rb"\r(?=[^\n])")
-_REQUEST_LINE = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+_TEXT = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f]*")  # a field's value
+# Field lines (RFC 9112, 5); neither folded ones nor white space before the colon match.
+_FIELDS = re.compile(rf"(?:\r\n{_TOKEN.pattern}:{_TEXT.pattern})*")
+_HEAD = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])({_FIELDS.pattern})")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
-_CHUNK_SIZE = re.compile(r"([0-9A-Fa-f]{1,8})[ \t]*(;.*)?")
-_MAX_CHUNK_LINE = 256
+_LENGTH = re.compile(r"[0-9]{1,18}")  # no sign, no space, not two of them
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT.pattern})?")
+_BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
+_parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
+                                max_num_fields=1000)
+_date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 class HTTPError(Exception):
-    """Raised by a handler to answer with a status and text: `raise HTTPError(404, "No such page")`.
-
-    Without `text` it is the status's standard phrase.
-    """
+    """Raised by a handler to answer so; without `text` it is the status's standard phrase."""
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
@@ -253,27 +243,47 @@ class Request:
 
     __slots__ = ("address", "body", "headers", "http_1_0", "method", "path", "query", "target")
 
-    def __init__(self, method: str, target: str, headers: dict[str, str], http_1_0: bool) -> None:
-        self.method, self.target, self.headers, self.http_1_0 = method, target, headers, http_1_0
+    def __init__(self, head: str) -> None:
+        """`head` is the request line and the header fields. Raises HTTPError."""
+        match = _HEAD.fullmatch(head)
+        if not match:
+            raise HTTPError(400, "Bad request line or header field")
+        self.method, target, major, minor, fields = match.groups()
+        if major != "1":
+            raise HTTPError(505)
+        self.body, self.address, self.http_1_0 = b"", "", minor == "0"
+        self.headers: dict[str, str] = {}
+        for line in fields.split("\r\n")[1:]:
+            name, _, value = line.partition(":")
+            name, value = name.lower(), value.strip(" \t")
+            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+        hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
+        if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
+            self.headers["host"], slash, rest = target.partition("://")[2].partition("/")
+            hosts.append(self.headers["host"])
+            target = slash + rest or "/"
+        elif self.method == "CONNECT":
+            raise HTTPError(501)
+        elif not target.startswith("/") and (self.method, target) != ("OPTIONS", "*"):
+            raise HTTPError(400, "Bad request target")
+        # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
+        if not all(map(_HOST.fullmatch, hosts)):
+            raise HTTPError(400, "One valid Host is needed")
+        self.target = target
         self.path, _, self.query = target.partition("?")
-        self.body = b""
-        self.address = ""
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.target} from {self.address}>"
 
     @property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name; none if they cannot be read."""
-        try:
-            jar = http.cookies.SimpleCookie(self.headers.get("cookie"))
-        except http.cookies.CookieError:
-            return {}
-        return {name: morsel.value for name, morsel in jar.items()}
+        """The cookies by name, without quotes around their values."""
+        pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
+        return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
 
     def members(self, name: str) -> list[str]:
         """The lower-case members of a comma-separated header field (RFC 9110, 5.6.1)."""
-        return [each.strip(" \t").lower() for each in self.headers.get(name, "").split(",")]
+        return [each.strip(" \t") for each in self.headers.get(name, "").lower().split(",")]
 
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
@@ -282,12 +292,11 @@ class Request:
         """
         found: dict[str, Any] = {}
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
-        form = self.body if kind == "application/x-www-form-urlencoded" else b""
         try:
-            for text in filter(None, (self.query, form.decode())):
-                found.update(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict",
-                                                    max_num_fields=1000))
-            if self.body and (kind == "application/json" or kind.endswith("+json")):
+            found.update(_parse_form(self.query) if self.query else ())
+            if kind == "application/x-www-form-urlencoded":
+                found.update(_parse_form(self.body.decode()))
+            elif self.body and (kind == "application/json" or kind.endswith("+json")):
                 payload = load_json(self.body.decode())
                 found.update(payload if isinstance(payload, dict) else {}, payload=payload)
         except ValueError:
@@ -302,49 +311,38 @@ class Response:
     header that would break out of its line or that the server sets, TypeError for a bad body.
     """
 
-    __slots__ = ("body", "headers", "status")
-
     def __init__(self, body: Any = "", status: int = 200,
                  headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
-        self.status = status
-        pairs: Any = headers.items() if isinstance(headers, Mapping) else headers
-        self.headers: list[tuple[str, str]] = list(pairs or ())
         if isinstance(body, str):
             self.body, kind = body.encode(), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
             self.body, kind = bytes(body), "application/octet-stream"
         else:
             self.body, kind = dump_json(body, json_default).encode(), "application/json"
-        names = {name.lower() for name, _ in self.headers}
-        if self.body and "content-type" not in names:
-            self.headers.append(("Content-Type", content_type or kind))
+        given: Any = headers or ()
+        pairs = list(given.items() if hasattr(given, "items") else given)
+        if self.body and "content-type" not in [name.lower() for name, _ in pairs]:
+            pairs.append(("Content-Type", content_type or kind))
+        for name, value in pairs:
+            if (not _TOKEN.fullmatch(name) or not _TEXT.fullmatch(value) or name.lower() in
+                    ("connection", "content-length", "date", "transfer-encoding")):
+                raise ValueError(f"not a header, or one that the server sets: {name!r}: {value!r}")
         if not 200 <= status <= 599:
             raise ValueError(f"the status of an answer is 200 to 599, not {status}")
-        if names & {"connection", "content-length", "date", "transfer-encoding"}:
-            raise ValueError("Connection, Content-Length, Date and Transfer-Encoding are not yours")
-        for name, value in self.headers:
-            if not _TOKEN.fullmatch(name) or _CONTROL.search(value):
-                raise ValueError(f"not a header field: {name!r}: {value!r}")
+        self.status, self.headers = status, tuple(pairs)  # nothing is added behind the check
 
     def encode(self, head_only: bool = False, close: bool = False) -> bytes:
         """The answer as bytes; `close`: the connection ends with it."""
-        phrase = http.client.responses.get(self.status, "")
-        lines = [f"HTTP/1.1 {self.status} {phrase}\r\nDate: {_date(int(time.time()))}"]
-        lines += [f"{name}: {value}" for name, value in self.headers]
-        lines.append("X-Content-Type-Options: nosniff")
         has_body = self.status not in (204, 304)  # RFC 9110, 6.4.1
-        if has_body:
-            lines.append(f"Content-Length: {len(self.body)}")
-        lines.append("Connection: close\r\n\r\n" if close else "\r\n")
-        head = "\r\n".join(lines).encode("latin-1", "replace")
+        head = "".join([
+            f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, '')}\r\n"
+            f"Date: {_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n",
+            *[f"{name}: {value}\r\n" for name, value in self.headers],
+            f"Content-Length: {len(self.body)}\r\n" if has_body else "",
+            "Connection: close\r\n\r\n" if close else "\r\n"]).encode("latin-1", "replace")
         return head + self.body if has_body and not head_only else head
-
-
-@functools.lru_cache(maxsize=2)
-def _date(now: int) -> str:
-    return email.utils.formatdate(now, usegmt=True)
 
 
 class RequestReader:
@@ -372,113 +370,77 @@ class RequestReader:
 
     def _read(self) -> Iterator[Request | None]:
         while True:
-            line = ""
-            while not line:  # RFC 9112, 2.2: empty lines before a request are ignored
-                self.begun = False
-                line = yield from self._line(self._max_header_size, 414)
+            self.begun = False
+            while self.buffer[:2] in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
+                if len(self.buffer) < 2:
+                    yield None
+                else:
+                    del self.buffer[:2]
             self.begun = True
-            match = _REQUEST_LINE.fullmatch(line)
-            if not match:
-                raise HTTPError(400, "Bad request line")
-            if match[3] != "1":
-                raise HTTPError(505)
-            headers = yield from self._fields(self._max_header_size - len(line) - 2)
-            request = _parse_request(match[1], match[2], headers, match[4] == "0")
-            length = _body_length(request)
-            expect = headers.get("expect", "").lower()
-            if expect not in ("", "100-continue"):
-                raise HTTPError(417)
-            self.expects_continue = bool(expect and length != 0 and not request.http_1_0)
-            request.body = yield from self._chunks() if length < 0 else self._take(length, 0)
+            request = Request((yield from self._until(b"\r\n\r\n", self._max_header_size, 414)))
+            del self.buffer[:4]
+            size = _body_size(request)
+            if size > self._max_body_size:
+                raise HTTPError(413)
+            self.expects_continue = (size != 0 and not request.http_1_0
+                                     and request.headers.get("expect", "").lower() == "100-continue")
+            if size:
+                request.body = yield from self._chunks() if size < 0 else self._take(size)
             self.expects_continue = False
             yield request
 
-    def _line(self, limit: int, status: int) -> Any:
-        """The next line without its CRLF; `status` is the answer to one over the limit."""
+    def _until(self, end: bytes, limit: int, status: int) -> Any:
+        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        seen = 0
         while True:
-            end = self.buffer.find(b"\n", 0, limit)
-            if _BARE_CR.search(self.buffer, 0, limit if end < 0 else end):
+            at = self.buffer.find(end, seen, limit)
+            if at >= 0:
+                return (yield from self._take(at)).decode("latin-1")
+            if _BAD_LINE_END.search(self.buffer, seen, limit):
                 raise HTTPError(400, "Bad line ending")
-            if end >= 0:
-                break
             if len(self.buffer) >= limit:
-                raise HTTPError(status)
-            self.begun = self.begun or bool(self.buffer)
+                raise HTTPError(431 if b"\n" in self.buffer[:limit] else status)
+            seen = max(len(self.buffer) - 3, 0)  # `end` may have begun there
             yield None
-        line = self.buffer[:end + 1].decode("latin-1")
-        del self.buffer[:end + 1]
-        if not line.endswith("\r\n") or _CONTROL.search(line, 0, end - 1):
-            raise HTTPError(400, "Bad line ending")
-        return line[:-2]
 
-    def _take(self, size: int, before: int) -> Any:
-        """`size` bytes of a body of which there were some before."""
-        if before + size > self._max_body_size:
-            raise HTTPError(413)
+    def _take(self, size: int) -> Any:
         while len(self.buffer) < size:
             yield None
         part = bytes(self.buffer[:size])
         del self.buffer[:size]
         return part
 
-    def _fields(self, room: int) -> Any:
-        """The header or trailer section."""
-        headers: dict[str, str] = {}
-        while True:
-            line = yield from self._line(room, 431)
-            if not line:
-                return headers
-            room -= len(line) + 2
-            name, colon, value = line.partition(":")
-            if not colon or not _TOKEN.fullmatch(name):  # this refuses folded lines, too
-                raise HTTPError(400, "Bad header field")
-            name, value = name.lower(), value.strip(" \t")
-            if name in headers:
-                value = headers[name] + ("; " if name == "cookie" else ", ") + value
-            headers[name] = value
-
     def _chunks(self) -> Any:
-        """A chunked body (RFC 9112, 7.1)."""
+        """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
         while True:
-            match = _CHUNK_SIZE.fullmatch((yield from self._line(_MAX_CHUNK_LINE, 400)))
+            match = _CHUNK_SIZE.fullmatch((yield from self._until(b"\r\n", 256, 400)))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if not size:
-                yield from self._fields(self._max_header_size)  # checked, then dropped
+                trailer = yield from self._until(b"\r\n\r\n", self._max_header_size, 431)
+                del self.buffer[:4]
+                if not _FIELDS.fullmatch(trailer):
+                    raise HTTPError(400, "Bad trailer")
                 return bytes(body)
-            body += yield from self._take(size, len(body))
-            if (yield from self._take(2, 0)) != b"\r\n":
+            if len(body) + size > self._max_body_size:
+                raise HTTPError(413)
+            chunk = yield from self._take(2 + size + 2)  # with the line ends around it
+            if not chunk.endswith(b"\r\n"):
                 raise HTTPError(400, "Bad chunk")
+            body += chunk[2:-2]
 
 
-def _parse_request(method: str, target: str, headers: dict[str, str], http_1_0: bool) -> Request:
-    hosts = [headers.get("host", "none" if http_1_0 else "")]
-    if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
-        headers["host"], slash, rest = target.partition("://")[2].partition("/")
-        hosts.append(headers["host"])
-        target = slash + rest or "/"
-    elif method == "CONNECT":
-        raise HTTPError(501)
-    elif not target.startswith("/") and (method, target) != ("OPTIONS", "*"):
-        raise HTTPError(400, "Bad request target")
-    # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
-    if not all(map(_HOST.fullmatch, hosts)):
-        raise HTTPError(400, "One valid Host is needed")
-    return Request(method, target, headers, http_1_0)
-
-
-def _body_length(request: Request) -> int:
-    """The body's length (RFC 9112, 6.3); -1: it is chunked."""
-    length, coding = map(request.headers.get, ("content-length", "transfer-encoding"))
-    if coding is None:
-        length = "0" if length is None else length
-        if not re.fullmatch("[0-9]{1,18}", length):  # no sign, no space, not two of them
-            raise HTTPError(400, "Bad Content-Length")
-        return int(length)
+def _body_size(request: Request) -> int:
+    """The body's size (RFC 9112, 6.3); -1: it is chunked. Raises HTTPError."""
+    size = request.headers.get("content-length", "0")
+    if not _LENGTH.fullmatch(size):
+        raise HTTPError(400, "Bad Content-Length")
+    if "transfer-encoding" not in request.headers:
+        return int(size)
     codings = request.members("transfer-encoding")
-    if length is not None or request.http_1_0 or "chunked" in codings[:-1]:
+    if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
         raise HTTPError(400, "Bad Transfer-Encoding")
     if codings != ["chunked"]:
         raise HTTPError(501, "Only chunked is implemented")
@@ -1019,8 +981,6 @@ class ChannelClient(asyncio.Protocol):
         self._transport.set_protocol(self)
         self.connected = True
         self.resume_writing()
-        # Paused first: after an end of stream this reads it again, now for this client.
-        self._transport.pause_reading()
         self._transport.resume_reading()
 
     # What the transport calls.
