@@ -2861,7 +2861,7 @@ sys.stdin.read()
             def publish(self, channel: str, data: bytes) -> None:
                 for bus in self.everyone:  # itself, too
                     if channel in bus.wanted:
-                        threading.Thread(target=bus.deliver, args=(channel, data)).start()
+                        bus.deliver(channel, data)  # into other threads, which do the same
 
             def listen(self, channel: str, wanted: bool) -> None:
                 (self.wanted.add if wanted else self.wanted.remove)(channel)
@@ -2877,8 +2877,19 @@ sys.stdin.read()
         self.assertEqual([client.recv_text() for client in clients], ["first"] * 3)
         clients[2].close()
         self.until(lambda: not Nearby.everyone[2].wanted)
-        apps[2].broadcast("____", "second")
-        self.assertEqual([client.recv_text() for client in clients[:2]], ["second"] * 2)
+
+        def burst(app: WebChannels) -> None:
+            for number in range(100):
+                app.broadcast("____", "number", number)
+        threads = [threading.Thread(target=app._call, args=(functools.partial(burst, app),))
+                   for app in apps]
+        for thread in threads:
+            thread.start()
+        for client in clients[:2]:
+            got = [client.recv_json()["payload"] for _ in range(300)]
+            self.assertEqual(sorted(got), sorted([*range(100)] * 3))
+        for thread in threads:
+            thread.join()
         for app in apps:
             app.down()
         self.assertEqual(Nearby.everyone, [])

@@ -1794,9 +1794,12 @@ class WebChannels:
                 there = client._push(push) or there
         return there
 
-    @_on_loop
     def _deliver(self, channel: str, data: bytes) -> None:
-        """A broadcast came over the bus."""
+        """A broadcast came over the bus. From any thread, but without waiting: others may wait."""
+        with self._lock:
+            if self._loop and threading.get_ident() != self._thread:
+                self._loop.call_soon_threadsafe(self._deliver, channel, data)
+                return
         if not data.startswith(self._name):  # else it is our own
             try:
                 self._send(channel, *unpack_push(self.config, data[len(self._name):]))
