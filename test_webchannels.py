@@ -2371,11 +2371,11 @@ sys.stdin.readline()
 
 
 class Redis:
-    """A redis-server of its own on a free port; over TLS with the certificate in `pem`."""
+    """A redis-server of its own on a port that is free; over TLS with the certificate in `pem`."""
 
-    def __init__(self, *options: str, pem: Path | None = None) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+    def __init__(self, *options: str, pem: Path | None = None, port: int = 0) -> None:
+        with socket.create_server(("127.0.0.1", port)) as free:
+            self.port: int = free.getsockname()[1]
         self.command = ["redis-server", "--bind", "127.0.0.1", "--save", "", *options]
         self.command += ["--port", str(self.port)] if not pem else [
             "--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no",
@@ -3381,7 +3381,7 @@ class ReadmeTest(BrowserTest):
             if language:
                 self.blocks.setdefault(heading, []).append((language, block))
         self.ports: dict[str, int] = {}
-        for port in "8000", "5000", "443":
+        for port in "8000", "5000", "443", "6379", "8001", "8002", "8003", "8004":
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self.ports[port] = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.ports['8000']}"
@@ -3390,15 +3390,17 @@ class ReadmeTest(BrowserTest):
         return [text for each, text in self.blocks[heading] if each == language]
 
     def with_ports(self, text: str) -> str:
-        return re.sub(r"\b(8000|5000|443)\b", lambda match: str(self.ports[match[0]]), text)
+        return re.sub(r"\b(800[0-4]|5000|443|6379)\b",
+                      lambda match: str(self.ports[match[0]]), text)
 
-    def start(self, heading: str, *options: str, then: str = "", port: str = "8000") -> Terminal:
+    def start(self, heading: str, *options: str, then: str = "", port: str = "8000",
+              arguments: Sequence[str] = ()) -> Terminal:
         """Run the heading's Python as one program, until it serves."""
         source = "".join([*self.texts(heading, "python"), then])
         (self.folder / "app.py").write_text(
             TYPED_FIRST.format(self.ports["8000"]) + self.with_ports(source))
-        program = Terminal(sys.executable, *options, "app.py", cwd=self.folder, BROWSER="true",
-                           PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        program = Terminal(sys.executable, *options, "app.py", *arguments, cwd=self.folder,
+                           BROWSER="true", PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         for _ in range(200):
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.connect(("127.0.0.1", self.ports[port]))
@@ -3522,23 +3524,68 @@ class ReadmeTest(BrowserTest):
             self.assertEqual(request("GET", url, {"Host": "live.example.com"}).status, 200)
             self.assertEqual(request("GET", url).status, 403)
 
+    def start_nginx(self, nginx: str, http: str) -> None:
+        (self.folder / "nginx.conf").write_text(NGINX_HTTP.format(self.folder, http))
+        command = [nginx, "-p", str(self.folder), "-c", "nginx.conf", "-e", "log"]
+        subprocess.run(command, check=True)
+        self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+
     def test_behind_nginx(self) -> None:
         nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
         if not nginx:
             self.skipTest("needs nginx")
         heading, pem = "Behind nginx, with TLS, under a prefix", certificate(self.folder)
         server = re.sub(r"/etc/ssl/\w+\.pem", str(pem), self.texts(heading, "nginx")[0])
-        (self.folder / "nginx.conf").write_text(
-            NGINX_HTTP.format(self.folder, self.with_ports(server)))
-        command = [nginx, "-p", str(self.folder), "-c", "nginx.conf", "-e", "log"]
-        subprocess.run(command, check=True)
-        self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+        self.start_nginx(nginx, self.with_ports(server))
         url, host = f"https://127.0.0.1:{self.ports['443']}/live/", {"Host": "example.com"}
         with self.start(heading):
             self.assertIn(b'data-path="/live/"', request("GET", url, host).body)
             WebSocketClient(url, headers=host, origin="https://example.com").close()
             with self.assertRaises(Refused):
                 WebSocketClient(url, headers=host, origin="https://example.org")
+
+    def test_several_processes(self) -> None:
+        if not shutil.which("redis-server"):
+            self.skipTest("needs redis-server")
+        nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not nginx:
+            self.skipTest("needs nginx")
+        heading = "Several processes"
+        redis = Redis("--dir", str(self.folder), port=self.ports["6379"])
+        self.addCleanup(redis.kill)
+        [unit] = self.texts(heading, "ini")
+        self.assertIn("ExecStart=/usr/bin/python3 app.py 8000\n", unit)
+        for names in ["8000"] * 2, ["8001", "8002", "8003", "8004"]:
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(self.start(heading, port=name, arguments=[
+                        str(self.ports[name])])).expect("Serving at")
+                if names[0] == "8001":
+                    server = self.with_ports(self.texts(heading, "nginx")[0])
+                    above = self.texts("Behind nginx, with TLS, under a prefix", "nginx")[0]
+                    self.start_nginx(nginx, above[:above.index("server {")] + server)
+                clients = []
+                for _ in range(20):
+                    client = stack.enter_context(WebSocketClient(self.url, origin=self.url))
+                    client.send_json({"channel": "____", "message": "subscribe"})
+                    self.assertEqual(client.recv_text(), "Subscription: OK")
+                    clients.append(client)
+                known, end = ["webchannels/live/____", f":{len(names)}"], time.monotonic() + 10
+                while redis.ask("PUBSUB", "NUMSUB", known[0]) != known:
+                    self.assertLess(time.monotonic(), end)
+                clients[0].send_json({"channel": "____", "message": "say", "payload": "Hi"})
+                self.assertEqual({client.recv_text() for client in clients}, {"Hi"})
+
+    def test_another_engine(self) -> None:
+        with self.start("Another engine than Redis", "-i", port="5000") as program:
+            clients = [WebSocketClient(f"http://127.0.0.1:{self.ports[port]}")
+                       for port in ("8000", "5000")]
+            for client in clients:
+                self.addCleanup(client.close)
+                client.send_json({"channel": "____", "message": "subscribe"})
+                self.assertEqual(client.recv_text(), "Subscription: OK")
+            program.type('apps[0].broadcast("____", "Hi")\n')
+            self.assertEqual([client.recv_text() for client in clients], ["Hi", "Hi"])
 
 
 if __name__ == "__main__":
