@@ -728,6 +728,9 @@ class RouterTest(unittest.TestCase):
             app.route("/", handler, threaded=True)
         with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
             app.on_connect(lambda payload: None)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
+                register("/____/x", lambda payload, /: None)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
         for name in ("", "/a", "a/", "/"):
             with self.assertRaises(ValueError):
@@ -1080,8 +1083,11 @@ class HttpTest(ServerTest):
                          b"GET me 7")
         self.assertEqual(request("GET", self.url + "/response").headers["x-a"], "1, 2")
         self.assertEqual(request("GET", self.url + "/error").headers["x-pot"], "tea")
-        self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a=1; b=\"2\""}).body,
-                         b'{"a":"1","b":"2"}')
+        self.assertEqual(request("GET", self.url + "/cookies",
+                                 {"Cookie": "a=1; odd[]=x=y; b=\"2\"; nothing; ="}).body,
+                         b'{"a":"1","odd[]":"x=y","b":"2","nothing":""}')
+        with self.assertRaises(AttributeError):  # they were checked
+            Response().headers.append(("X", "a\r\nb"))  # type: ignore[attr-defined]
 
     def test_a_failing_handler_is_logged_with_its_traceback(self) -> None:
         logging.getLogger("webchannels").level = logging.NOTSET
