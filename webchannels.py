@@ -130,10 +130,7 @@ class Endpoint:
 
     def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
                  supplied: Iterable[str] | None = None) -> None:
-        """`supplied` are the names that a call will have; None: that is not known yet.
-
-        Raises TypeError for a handler that cannot be called so, ValueError for a bad path.
-        """
+        """`supplied` are the names that a call will have; None: not known. Raises as `route()`."""
         self.handler, self.threaded = handler, threaded
         self.name: str = getattr(handler, "__qualname__", repr(handler))
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
@@ -190,15 +187,20 @@ class Router:
         """
         if path in self._static:
             return self._static[path]
-        ways: list[tuple[Any, tuple[Any, ...]]] = [(self._tree, ())]  # to nodes, the best first
-        for segment in path.split("/")[1:]:
-            if decode:  # by segments: %2F must not become a separator
-                segment = urllib.parse.unquote(segment, errors="strict")
-            keys: list[Any] = [segment, *_SEGMENTS]
-            ways = [(node[key], values if key is segment else (*values, key(segment)))
-                    for node, values in ways for key in keys
-                    if key in node and (key is segment or _SEGMENTS[key].fullmatch(segment))]
-        return next(((node[None], values) for node, values in ways if None in node), None)
+        segments = path.split("/")[1:]
+        if decode and "%" in path:  # by segments: %2F must not become a separator
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        return self._walk(self._tree, segments, 0, ())
+
+    def _walk(self, node: Any, segments: list[str], at: int, values: Any) -> Found | None:
+        if at == len(segments):
+            return (node[None], values) if None in node else None
+        segment = segments[at]
+        found = self._walk(node[segment], segments, at + 1, values) if segment in node else None
+        for kind, pattern in _SEGMENTS.items():
+            if found is None and kind in node and pattern.fullmatch(segment):
+                found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
+        return found
 
 
 # --------------------------------------------------------------------------------------- http
