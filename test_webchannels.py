@@ -1242,6 +1242,7 @@ class HttpTest(ServerTest):
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcXX0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n+3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n 3\r\nabc\r\n0\r\n\r\n"),
@@ -1294,6 +1295,13 @@ class HttpTest(ServerTest):
                     return [*found, error.status]
             return found
 
+        self.assertEqual(read([b"GET / HTTP/1.1\nHost: a\n\n"]), [400])  # without waiting for more
+        for minor in (0, 1):  # RFC 9110, 10.1.1: HTTP/1.0 does not know 100
+            reader = webchannels.RequestReader(200, 50)
+            reader.receive(b"POST / HTTP/1.%d\r\nHost: a\r\nContent-Length: 3\r\n"
+                           b"Expect: 100-Continue\r\n\r\n" % minor)
+            self.assertIsNone(reader.next())
+            self.assertEqual(reader.expects_continue, bool(minor))
         for chunks in ([b"\r\n"], [b"\r", b"\n"]):  # an empty line is not a request begun
             reader = webchannels.RequestReader(200, 50)
             for chunk in chunks:

@@ -110,7 +110,7 @@ class Config:
 
 # What `:name::int` and the others match, most specific first: the order in which they are tried.
 # ASCII digits only: int() and float() would also take "1_0", " 1" and other scripts' digits.
-_SEGMENTS: dict[Any, re.Pattern[str]] = {
+_SEGMENTS: dict[type, re.Pattern[str]] = {
     int: re.compile(r"-?[0-9]{1,300}"),
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
     str: re.compile(r".+", re.DOTALL),
