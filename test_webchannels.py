@@ -728,6 +728,9 @@ class RouterTest(unittest.TestCase):
             app.route("/", handler, threaded=True)
         with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
             app.on_connect(lambda payload: None)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
+                register("/____/x", lambda payload, /: None)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
         for name in ("", "/a", "a/", "/"):
             with self.assertRaises(ValueError):
@@ -1080,8 +1083,11 @@ class HttpTest(ServerTest):
                          b"GET me 7")
         self.assertEqual(request("GET", self.url + "/response").headers["x-a"], "1, 2")
         self.assertEqual(request("GET", self.url + "/error").headers["x-pot"], "tea")
-        self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a=1; b=\"2\""}).body,
-                         b'{"a":"1","b":"2"}')
+        self.assertEqual(request("GET", self.url + "/cookies",
+                                 {"Cookie": "a=1; odd[]=x=y; b=\"2\"; nothing; ="}).body,
+                         b'{"a":"1","odd[]":"x=y","b":"2","nothing":""}')
+        with self.assertRaises(AttributeError):  # they were checked
+            Response().headers.append(("X", "a\r\nb"))  # type: ignore[attr-defined]
 
     def test_a_failing_handler_is_logged_with_its_traceback(self) -> None:
         logging.getLogger("webchannels").level = logging.NOTSET
@@ -1236,6 +1242,7 @@ class HttpTest(ServerTest):
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcXX0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n+3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n 3\r\nabc\r\n0\r\n\r\n"),
@@ -1288,6 +1295,13 @@ class HttpTest(ServerTest):
                     return [*found, error.status]
             return found
 
+        self.assertEqual(read([b"GET / HTTP/1.1\nHost: a\n\n"]), [400])  # without waiting for more
+        for minor in (0, 1):  # RFC 9110, 10.1.1: HTTP/1.0 does not know 100
+            reader = webchannels.RequestReader(200, 50)
+            reader.receive(b"POST / HTTP/1.%d\r\nHost: a\r\nContent-Length: 3\r\n"
+                           b"Expect: 100-Continue\r\n\r\n" % minor)
+            self.assertIsNone(reader.next())
+            self.assertEqual(reader.expects_continue, bool(minor))
         for chunks in ([b"\r\n"], [b"\r", b"\n"]):  # an empty line is not a request begun
             reader = webchannels.RequestReader(200, 50)
             for chunk in chunks:

@@ -130,10 +130,7 @@ class Endpoint:
 
     def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
                  supplied: Iterable[str] | None = None) -> None:
-        """`supplied` are the names that a call will have; None: that is not known yet.
-
-        Raises TypeError for a handler that cannot be called with these, ValueError for a path.
-        """
+        """`supplied` are the names that a call will have; None: not known. Raises as `route()`."""
         self.handler, self.threaded = handler, threaded
         self.name: str = getattr(handler, "__qualname__", repr(handler))
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
@@ -141,9 +138,9 @@ class Endpoint:
             raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
         if threaded and inspect.iscoroutinefunction(handler):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
-        every = inspect.signature(handler).parameters.values()
-        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in every)
-        named = [each for each in every if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        parameters = inspect.signature(handler).parameters.values()
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
         self.takes = [each.name for each in named]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
@@ -154,9 +151,9 @@ class Endpoint:
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
-        if self.takes_any:
-            return self.handler(**given)
-        return self.handler(**{name: given[name] for name in self.takes if name in given})
+        if not self.takes_any:
+            given = {name: given[name] for name in self.takes if name in given}
+        return self.handler(**given)
 
 
 Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
@@ -190,14 +187,20 @@ class Router:
         """
         if path in self._static:
             return self._static[path]
-        ways: list[Found] = [(self._tree, ())]  # the nodes reached and the values, best first
-        for segment in path.split("/")[1:]:
-            if decode and "%" in path:  # by segments: %2F must not become a separator
-                segment = urllib.parse.unquote(segment, errors="strict")
-            ways = [(node[key], values if key is segment else (*values, key(segment)))
-                    for node, values in ways for key in (segment, *_SEGMENTS) if key in node
-                    and (key is segment or _SEGMENTS[key].fullmatch(segment))]
-        return next(((node[None], values) for node, values in ways if None in node), None)
+        segments = path.split("/")[1:]
+        if decode and "%" in path:  # by segments: %2F must not become a separator
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        return self._walk(self._tree, segments, 0, ())
+
+    def _walk(self, node: Any, segments: list[str], at: int, values: Any) -> Found | None:
+        if at == len(segments):
+            return (node[None], values) if None in node else None
+        segment = segments[at]
+        found = self._walk(node[segment], segments, at + 1, values) if segment in node else None
+        for kind, pattern in _SEGMENTS.items():
+            if found is None and kind in node and pattern.fullmatch(segment):
+                found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
+        return found
 
 
 # --------------------------------------------------------------------------------------- http
@@ -242,7 +245,7 @@ class Request:
         match = _HEAD.fullmatch(head)
         if not match:
             raise HTTPError(400, "Bad request line or header field")
-        self.method, target, major, minor, fields = match.groups()
+        self.method, self.target, major, minor, fields = match.groups()
         if major != "1":
             raise HTTPError(505)
         self.body, self.address, self.http_1_0 = b"", "", minor == "0"
@@ -252,19 +255,18 @@ class Request:
             name, value = name.lower(), value.strip(" \t")
             self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
         hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
-        if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
-            self.headers["host"], slash, rest = target.partition("://")[2].partition("/")
+        if self.target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host counts
+            self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
             hosts.append(self.headers["host"])
-            target = slash + rest or "/"
+            self.target = slash + rest or "/"
         elif self.method == "CONNECT":
             raise HTTPError(501)
-        elif not target.startswith("/") and (self.method, target) != ("OPTIONS", "*"):
+        elif self.target[0] != "/" and (self.method, self.target) != ("OPTIONS", "*"):
             raise HTTPError(400, "Bad request target")
         # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
         if not all(map(_HOST.fullmatch, hosts)):
             raise HTTPError(400, "One valid Host is needed")
-        self.target = target
-        self.path, _, self.query = target.partition("?")
+        self.path, _, self.query = str(self.target).partition("?")
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.target} from {self.address}>"
@@ -365,7 +367,7 @@ class RequestReader:
     def _read(self) -> Iterator[Request | None]:
         while True:
             self.begun = False
-            while self.buffer[:2] in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
+            while bytes(self.buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
                 if len(self.buffer) < 2:
                     yield None
                 else:
@@ -376,11 +378,11 @@ class RequestReader:
             size = _body_size(request)
             if size > self._max_body_size:
                 raise HTTPError(413)
-            self.expects_continue = (size != 0 and not request.http_1_0
-                                     and request.headers.get("expect", "").lower() == "100-continue")
             if size:
+                expect = request.headers.get("expect", "").lower()
+                self.expects_continue = expect == "100-continue" and not request.http_1_0
                 request.body = yield from self._chunks() if size < 0 else self._take(size)
-            self.expects_continue = False
+                self.expects_continue = False
             yield request
 
     def _until(self, end: bytes, limit: int, status: int) -> Any:
