@@ -491,15 +491,12 @@ _PARAMETER = re.compile(r"\s*((?:server|client)_(?:no_context_takeover|max_windo
 # What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
 # as such, the message ended in the middle of a block.
 _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
-_MAX_FINAL_BLOCKS = 16  # in one message; a flood of them would take long
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
-_from_bytes = int.from_bytes  # looking it up each time takes half as long as a short XOR
+_from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
-# (TEXT, str), (BINARY, bytes), (PING, bytes), (PONG, bytes), (CLOSE, (code, reason)) or
-# (FAIL, ProtocolError). A plain tuple, since there is one for each message.
-Event = tuple[int, Any]
-# How a client wants its messages: does it speak webchannels.v1, and with which window bits are
-# they deflated (0: they are not)?
+# (TEXT, str), (BINARY, PING or PONG, bytes), (CLOSE, (code, reason)) or (FAIL, ProtocolError).
+Event = tuple[int, Any]  # a plain tuple, since there is one for each message
+# Whether the client speaks webchannels.v1, and the window bits of what it is sent (0: plain).
 Dialect = tuple[bool, int]
 
 
@@ -512,10 +509,7 @@ class ProtocolError(Exception):
 
 
 def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
-    """The answer to an opening handshake (RFC 6455, 4.2), and what was agreed on.
-
-    Raises HTTPError 400, 405 or 426.
-    """
+    """The head of a 101 and what it agrees on (RFC 6455, 4.2), or HTTPError 400, 405 or 426."""
     headers = request.headers
     if request.method != "GET":
         raise HTTPError(405, headers={"Allow": "GET"})
@@ -527,17 +521,14 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         raise HTTPError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     accept = base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
-             f"Sec-WebSocket-Accept: {accept}"]
     offered = headers.get("sec-websocket-protocol", "").split(",")
     v1 = SUBPROTOCOL in map(str.strip, offered)  # compared as it stands: case matters
-    if v1:
-        lines.append(f"Sec-WebSocket-Protocol: {SUBPROTOCOL}")
     offers = headers.get("sec-websocket-extensions", "") if compression else ""
     agreed, bits = negotiate_deflate(offers)
-    if agreed:
-        lines.append(f"Sec-WebSocket-Extensions: {agreed}")
-    return "\r\n".join([*lines, "", ""]).encode(), (v1, bits)
+    fields = {"Accept": accept, "Protocol": SUBPROTOCOL if v1 else "", "Extensions": agreed}
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
+             *(f"Sec-WebSocket-{k}: {v}" for k, v in fields.items() if v), "", ""]
+    return "\r\n".join(lines).encode(), (v1, bits)
 
 
 def negotiate_deflate(header: str) -> tuple[str, int]:
@@ -600,10 +591,8 @@ class FrameReader:
                 self._receive(self._head + data, events)
         except ProtocolError as error:
             events.append((FAIL, error))
-        except UnicodeDecodeError:
-            events.append((FAIL, ProtocolError(1007, "text is not UTF-8")))
-        except zlib.error:
-            events.append((FAIL, ProtocolError(1007, "bad deflate data")))
+        except (UnicodeDecodeError, zlib.error) as error:
+            events.append((FAIL, ProtocolError(1007, str(error))))
         if events and events[-1][0] in (FAIL, CLOSE):
             self._done, self._head, self._message, self.unfinished = True, b"", None, 0
         return events
@@ -637,21 +626,19 @@ class FrameReader:
             self.unfinished = len(self._head)
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
-        """Take a frame, or as much as there is of it; return where it stops.
-
-        The rules are those of RFC 6455, 5.1 to 5.5, and of RFC 7692, 6.
-        """
+        """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
         first, length = data[at], data[at + 1] & 127
-        opcode, final = first & 15, first >= 128
+        opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
+        message = self._message
         if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
-        if first & 0x70 and not (first & 0x70 == 0x40 and self._inflate and opcode in (1, 2)):
+        if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
             raise ProtocolError(1002, "reserved bit set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, "reserved opcode")
         if opcode >= CLOSE and (not final or length > 125):
             raise ProtocolError(1002, "control frame fragmented or too long")
-        if opcode < CLOSE and bool(opcode) == bool(self._message):
+        if opcode < CLOSE and bool(opcode) == bool(message):
             raise ProtocolError(1002, "message inside another" if opcode else "nothing to continue")
         start = at + 6
         if length > 125:
@@ -659,37 +646,40 @@ class FrameReader:
             start += size
             length = int.from_bytes(data[at + 2:at + 2 + size], "big")
             if start - 4 <= len(data) and (length < least or length >> 63):
-                raise ProtocolError(1002, "length not minimal, or too large")
-        stop = start + length if opcode >= CLOSE else start
-        if stop > len(data):
+                raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
+        stop = start + length
+        if (start if opcode < CLOSE else stop) > len(data):
             return at  # it is looked at again when more has arrived
         self.frames += 1
         self._mask = data[start - 4:start]
-        if opcode >= CLOSE:
+        if opcode < CLOSE and not (message.inflater if message else compressed):
+            if length + (message.size if message else 0) > self._max:
+                raise ProtocolError(1009, "message too long")
+        if opcode and final and not compressed and stop <= len(data):  # all in one piece
             payload = unmask(data[start:stop], self._mask)
             if opcode == CLOSE:
-                events.append((CLOSE, _parse_close(payload)))
+                code = int.from_bytes(payload[:2], "big") if payload else 1005  # none: 7.1.5
+                if payload and not is_wire_close_code(code):
+                    raise ProtocolError(1002, "bad close code")
+                events.append((CLOSE, (code, payload[2:].decode())))
                 return len(data)
-            events.append((opcode, payload))
+            events.append((opcode, payload.decode() if opcode == TEXT else payload))
             return stop
-        message = self._message = self._message or _Message(opcode, first & 0x40 > 0, self._max)
-        if not message.inflater and message.size + length > self._max:
-            raise ProtocolError(1009, "message too long")
+        self._message = message or _Message(opcode, compressed, self._max)
         self._final = final
         self._left = self.unfinished = length
-        return self._payload(message, data, start, events)
+        return self._payload(self._message, data, start, events)
 
     def _payload(self, message: _Message, data: bytes, start: int, events: list[Event]) -> int:
         """Take what has arrived of a data frame's payload; return where it stops."""
         part = data[start:start + self._left]
         self._left -= len(part)
-        if part:
-            message.add(unmask(part, self._mask))
-            self._mask = (self._mask * 2)[len(part) & 3:][:4]
+        message.add(unmask(part, self._mask))
+        self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
         if self._final and not self._left:
             events.append((message.opcode, message.finish()))
             self._message = None
-            self.more = message.compressed  # a chunk can hold hundreds of bombs: one at a time
+            self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
         return start + len(part)
 
 
@@ -697,40 +687,35 @@ class _Message:
     """A text or binary message of which not everything has arrived."""
 
     def __init__(self, opcode: int, compressed: bool, max_size: int) -> None:
-        self.opcode, self.compressed, self.max_size = opcode, compressed, max_size
-        self.size = 0  # inflated
+        self.opcode, self.max_size = opcode, max_size
+        self.size = self.final_blocks = 0
         self.parts: list[Any] = []  # of str, if it is text, or of bytes
         self.empty: Any = "" if opcode == TEXT else b""
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.inflater: Any = zlib.decompressobj(-15) if compressed else None
-        self.final_blocks = 0
 
-    def add(self, part: bytes) -> None:
-        """Inflate and check a piece; never inflate past the greatest size."""
-        rest = b""
-        if self.inflater:
-            if self.inflater.eof:  # a final block that is not the last: RFC 7692, 7.2.3.4
-                self.inflater = zlib.decompressobj(-15)
-                self.final_blocks += 1
-                if self.final_blocks > _MAX_FINAL_BLOCKS:
-                    raise ProtocolError(1007, "too many final blocks")
-            part = self.inflater.decompress(part, self.max_size - self.size + 1)
-            rest = self.inflater.unused_data
-        self.size += len(part)
-        if self.size > self.max_size:
-            raise ProtocolError(1009, "message too long")
-        if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
-            self.parts = [self.empty.join(self.parts)]
-        if self.opcode == TEXT:
-            self.parts.append(self.decoder.decode(part))
+    def add(self, data: bytes) -> None:
+        """Inflate and check what has arrived; never inflate past the greatest size."""
+        while data:
+            part, data = data, b""
+            if self.inflater:
+                if self.inflater.eof:  # a final block that is not the last: RFC 7692, 7.2.3.4
+                    self.inflater = zlib.decompressobj(-15)
+                    self.final_blocks += 1
+                    if self.final_blocks > 16:  # a flood of them would take long
+                        raise ProtocolError(1007, "too many final blocks")
+                part = self.inflater.decompress(part, self.max_size - self.size + 1)
+                data = self.inflater.unused_data
+            self.size += len(part)
+            if self.size > self.max_size:
+                raise ProtocolError(1009, "message too long")
+            self.parts.append(self.decoder.decode(part) if self.opcode == TEXT else part)
             # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
             # (ED A0 to ED BF) only at their third.
             if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
                 raise ProtocolError(1007, "text is not UTF-8")
-        else:
-            self.parts.append(part)
-        if rest:
-            self.add(rest)
+        if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
+            self.parts = [self.empty.join(self.parts)]
 
     def finish(self) -> Any:
         """The whole message, as str or bytes."""
@@ -740,16 +725,6 @@ class _Message:
                 raise ProtocolError(1007, "deflate data cut short")
         self.decoder.decode(b"", True)
         return self.empty.join(self.parts)
-
-
-def _parse_close(payload: bytes) -> tuple[int, str]:
-    """A Close frame's code and reason (RFC 6455, 5.5.1); 1005 stands for none (7.1.5)."""
-    if not payload:
-        return 1005, ""
-    code = int.from_bytes(payload[:2], "big")
-    if not is_wire_close_code(code):  # half a code is none, too
-        raise ProtocolError(1002, "bad close code")
-    return code, payload[2:].decode()
 
 
 def is_wire_close_code(code: int) -> bool:
