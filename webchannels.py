@@ -579,7 +579,7 @@ class FrameReader:
         self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
         self._done = False
-        self._head = b""  # of a frame whose header, or control frame that, has not fully arrived
+        self._head = b""  # what waits: part of a header, part of a control frame, or `more`
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
 
@@ -613,11 +613,11 @@ class FrameReader:
                 self.frames += 1
                 at = start + size
                 events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
-                continue
-            start = at
-            at = self._frame(data, start, events)
-            if at == start:
-                break
+            else:
+                stop = self._frame(data, at, events)
+                if stop == at:
+                    break
+                at = stop
         else:
             self.more = True
         self.more = self.more and at < end
@@ -649,7 +649,7 @@ class FrameReader:
                 raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
         stop = start + length
         if (start if opcode < CLOSE else stop) > len(data):
-            return at  # it is looked at again when more has arrived
+            return at  # too little; it is looked at again when there is more
         self.frames += 1
         self._mask = data[start - 4:start]
         if opcode < CLOSE and not (message.inflater if message else compressed):
