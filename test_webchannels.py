@@ -788,7 +788,8 @@ class FrameReaderTest(unittest.TestCase):
                 self.assertEqual(events(parts, limit), [(webchannels.FAIL, 1009)])
         # Refused by the header alone, before the payload.
         self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
-        self.assertEqual(events([frame(TEXT, b"123456")], 5), [(-1, 1009)])
+        for size in (6, 200):
+            self.assertEqual(events([frame(TEXT, b"x" * size)], size - 1), [(-1, 1009)])
 
     SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {
         "fragments with control frames between": (
@@ -802,6 +803,11 @@ class FrameReaderTest(unittest.TestCase):
         "nothing behind a close": (
             frame(TEXT, b"a") + frame(CLOSE, b"\x03\xe8bye") + frame(TEXT, b"b") + b"\xff\xff",
             [(TEXT, "a"), (CLOSE, (1000, "bye"))]),
+        "more than 125 bytes": (
+            frame(BINARY, b"a" * 126, fin=False) + frame(CONTINUATION, b"a" * 130)
+            + frame(TEXT, HELLO.encode() * 9), [(BINARY, b"a" * 256), (TEXT, HELLO * 9)]),
+        "more than 125 bytes that are not UTF-8": (
+            frame(TEXT, b"a" * 150 + b"\xff"), [(-1, 1007)]),
         "a close without a code": (frame(CLOSE), [(CLOSE, (1005, ""))]),
         "messages before the error": (
             frame(TEXT, b"a") + frame(3) + frame(TEXT, b"b"), [(TEXT, "a"), (-1, 1002)]),
@@ -839,7 +845,8 @@ class FrameReaderTest(unittest.TestCase):
         "with two final blocks": (
             frame(TEXT, packed(b"abc", final=True)[:-1] + packed(b"def"), rsv=4),
             [(TEXT, "abcdef")]),
-        "a flood of final blocks": (frame(TEXT, b"\x03\x00" * 40, rsv=4), [(-1, 1007)]),
+        "with many": (frame(TEXT, b"\x03\x00" * 16 + b"\0", rsv=4), [(TEXT, "")]),
+        "with a flood of them": (frame(TEXT, b"\x03\x00" * 17 + b"\0", rsv=4), [(-1, 1007)]),
         "not deflate": (frame(TEXT, b"\xff\xff\xff", rsv=4), [(-1, 1007)]),
         "cut short": (frame(TEXT, packed(os.urandom(99))[:50], rsv=4), [(-1, 1007)]),
         "text in it that is not UTF-8": (frame(TEXT, packed(b"a\xff"), rsv=4), [(-1, 1007)]),
@@ -923,6 +930,34 @@ class FrameReaderTest(unittest.TestCase):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         self.assertLess(peak, 6 * limit)
+
+    def test_tiny_fragments_cost_no_more_than_twice_the_message(self) -> None:
+        reader = webchannels.FrameReader(1 << 20)
+        reader.receive(frame(TEXT, b"a", fin=False))
+        chunk = frame(CONTINUATION, "\u20ac".encode(), fin=False) * 1000
+        tracemalloc.start()
+        for _ in range(50):
+            self.assertEqual(reader.receive(chunk), [])
+        (_, peak), size = tracemalloc.get_traced_memory(), 50 * 1000 * 3
+        tracemalloc.stop()
+        self.assertLess(peak, 2 * size + 200_000)
+        self.assertEqual(reader.receive(frame(CONTINUATION)), [(TEXT, "a" + "\u20ac" * 50_000)])
+
+    def test_what_is_unfinished(self) -> None:
+        """By the size of a frame goes how long it may take, so it stays the same to the end."""
+        reader = webchannels.FrameReader(1 << 20)
+        stream = frame(TEXT, b"a") + frame(BINARY, bytes(50_000), fin=False)
+        sizes = []
+        for at in range(0, len(stream), 10_000):
+            reader.receive(stream[at:at + 10_000])
+            sizes.append(reader.unfinished)
+        self.assertEqual((sizes, reader.frames), ([50_000] * 5 + [0], 2))
+        reader.receive(frame(PING, b"ping")[:7])
+        self.assertEqual((reader.unfinished, reader.frames), (7, 2))
+        reader.receive(b"\0\0\0" + frame(CONTINUATION, b"abc")[:-1])
+        self.assertEqual((reader.unfinished, reader.frames), (3, 4))
+        reader.receive(b"a" + frame(CONTINUATION, length=1 << 21))
+        self.assertEqual(reader.unfinished, 0)
 
     def test_negotiation(self) -> None:
         answer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
