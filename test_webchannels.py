@@ -1790,19 +1790,28 @@ class MessagesTest(ServerTest):
         self.assertEqual(client.rest(), b"")
 
     def test_a_half_closed_peer_gets_all_that_is_queued(self) -> None:
+        self.app.config.max_send_buffer = 64 << 20
+        client = self.subscribed()
+        for _ in range(300):  # 30 MB: more than any buffer between
+            self.assertTrue(self.app.broadcast("____", "x" * 100_000))
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        for _ in range(300):
+            self.assertEqual(len(client.recv_json()["message"]), 100_000)
+        self.assertEqual(client.rest(), b"")
+
+    def test_a_half_closed_peer_gets_what_waited_for_it_to_read(self) -> None:
+        size = 30_000_000  # more than any buffer between
+        self.app.config.max_send_buffer = 64 << 20
+        self.app.channel("/____/much", lambda: bytes(size))
         client = self.connect()
-        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 50_000})
-
-        def write() -> None:
-            for _ in range(100):
-                client.send_text(message)
-            client.sock.shutdown(socket.SHUT_WR)
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        for _ in range(100):
-            self.assertEqual(len(client.recv_text()), 50_000)
-        writer.join()
+        client.send_json({"channel": "____", "message": "much"})
+        for number in range(3):
+            client.send_json({"channel": "____", "message": "echo", "payload": str(number)})
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        self.assertEqual(len(client.recv()[1]), size)
+        self.assertEqual([client.recv_text() for _ in range(3)], ["0", "1", "2"])
         self.assertEqual(client.rest(), b"")
 
     def test_what_arrived_before_a_reset_is_handled(self) -> None:
