@@ -14,6 +14,7 @@ import hashlib
 import html.parser
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import os
@@ -35,7 +36,9 @@ import unittest
 import zlib
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
+from unittest import mock
 from urllib.parse import urlsplit
 
 import webchannels
@@ -653,6 +656,11 @@ def run_python(*arguments: str, cwd: Path = HERE, timeout: float = 60,
                           env={**os.environ, **environment})
 
 
+def setUpModule() -> None:
+    """A shell's background jobs ignore SIGINT, and so would every program that is started here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # ---- channels.js inside webchannels.py -----------------------------------------------------------
 
 
@@ -921,6 +929,19 @@ class FrameReaderTest(unittest.TestCase):
         tracemalloc.stop()
         self.assertLess(peak, 6 * limit)
 
+    def test_tiny_fragments_cost_no_more_than_their_bytes(self) -> None:
+        reader, count = webchannels.FrameReader(1 << 20), 50
+        chunk = frame(CONTINUATION, b"ab", fin=False) * 1000
+        self.assertEqual(reader.receive(frame(BINARY, fin=False)), [])
+        tracemalloc.start()
+        for _ in range(count):
+            self.assertEqual(reader.receive(chunk), [])
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        self.assertLess(peak, 500_000)  # an object for each would make it 2 MB
+        self.assertEqual(reader.receive(frame(CONTINUATION, b"!")),
+                         [(BINARY, b"ab" * 1000 * count + b"!")])
+
     def test_negotiation(self) -> None:
         answer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
         for offer, expected in {
@@ -1007,6 +1028,7 @@ def quiet() -> Iterator[None]:
 
 class HttpTest(ServerTest):
     def configure(self, app: WebChannels) -> None:
+        self.times = 0
         app.config.max_header_size = 2000
         app.config.max_body_size = 1000
         app.route("/", lambda: "index")
@@ -1025,6 +1047,9 @@ class HttpTest(ServerTest):
         app.route("/thread", lambda: threading.current_thread().name, threaded=True)
         app.route("/async", self.asynchronous)
         app.route("/cookies", lambda request: request.cookies)
+        app.route("/builtin", dict)  # it does not tell what it takes
+        app.route("/much", self.much)
+        app.route("/later", self.later)
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
@@ -1039,6 +1064,13 @@ class HttpTest(ServerTest):
         await asyncio.sleep(0)
         return f"{request.method} {request.headers['user-agent']} {self.app.params('q')}"
 
+    def much(self) -> bytes:
+        self.times += 1
+        return bytes(20_000_000)  # more than any buffer between
+
+    async def later(self) -> None:
+        asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+
     def data(self, request: Request) -> dict[str, Any]:
         given = {key: value for key, value in self.app.params().items() if key != "request"}
         return {**given, "size": len(request.body), "method": request.method}
@@ -1049,6 +1081,7 @@ class HttpTest(ServerTest):
                 ("/bytes", 200, "application/octet-stream", b"\0\1"),
                 ("/dict", 200, "application/json", '{"a":null,"b":"\u00e9"}'.encode()),
                 ("/list", 200, "application/json", b"[1]"), ("/none", 204, None, b""),
+                ("/builtin", 200, "application/json", b"{}"),
                 ("/wrong", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/boom", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/bad-error", 500, None, b"Internal server error"),
@@ -1082,6 +1115,44 @@ class HttpTest(ServerTest):
         self.assertEqual(request("GET", self.url + "/error").headers["x-pot"], "tea")
         self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a=1; b=\"2\""}).body,
                          b'{"a":"1","b":"2"}')
+        self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a,b=1; c=2"}).body,
+                         b"{}")
+
+    def test_headers_that_the_server_sets(self) -> None:
+        for name in ("connection", "Content-Length", "DATE", "Transfer-Encoding"):
+            with self.assertRaisesRegex(ValueError, "not yours"):
+                Response("", headers={name: "1"})
+
+    def test_past_max_clients_503_is_answered(self) -> None:
+        self.app.config.max_clients = 2
+        with Connection(self.url) as first, Connection(self.url) as second:
+            for each in (first, second):
+                each.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertEqual(each.response().status, 200)
+            reply = request("GET", self.url)
+            self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "5"))
+            second.close()
+            self.until(lambda: request("GET", self.url).status == 200)
+
+    def test_requests_wait_while_the_answers_before_them_are_not_read(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
+            for _ in range(20):  # meanwhile the server does its best
+                self.assertEqual(request("GET", self.url).status, 200)
+            self.assertEqual(self.times, 1)
+            for _ in range(5):
+                self.assertEqual(len(connection.response().body), 20_000_000)
+
+    def test_who_is_still_sending_can_read_why_it_is_refused(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\n"
+                                b"Content-Length: 20000000\r\n\r\n" + bytes(20_000_000))
+            self.assertEqual(connection.response().status, 413)
+
+    def test_what_fails_on_the_loop_beside_the_server_is_logged_as_ever(self) -> None:
+        with self.assertLogs("asyncio", "ERROR") as logs:
+            request("GET", self.url + "/later")
+        self.assertIn("ZeroDivisionError", logs.output[0])
 
     def test_a_failing_handler_is_logged_with_its_traceback(self) -> None:
         logging.getLogger("webchannels").level = logging.NOTSET
@@ -1317,6 +1388,8 @@ class TimeLimitsTest(ServerTest):
         app.route("/", lambda: "index")
         app.route("/", lambda request: str(len(request.body)), method="POST")
         app.channel("/____/slow", self.slow)
+        app.channel("/____/note", lambda: self.noted.set())
+        self.noted = threading.Event()
 
     async def slow(self) -> str:
         await asyncio.sleep(1)
@@ -1362,6 +1435,29 @@ class TimeLimitsTest(ServerTest):
                     connection.response()
                 self.assertEqual(connection.rest(), b"")
 
+    @unittest.skipUnless(os.path.isdir("/dev/fd"), "needs /dev/fd")
+    def test_answers_that_nobody_reads_are_given_up(self) -> None:
+        """Whether they stop the connection's requests, or remain when it is over."""
+        small = socket.create_server(("127.0.0.1", 0))
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        app = WebChannels(Config(keep_alive_timeout=0.3))
+        app.route("/", lambda: bytes(8192))
+        ask = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        with small, serve(app, sock=small) as url:
+            for last, count in ((ask, 50), (ask + b"Connection: close\r\n", 5)):
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    before = len(os.listdir("/dev/fd"))
+                    sock.connect((urlsplit(url).hostname, urlsplit(url).port))
+                    sock.sendall((ask + b"\r\n") * (count - 1) + last + b"\r\n")
+                    self.until(lambda: len(os.listdir("/dev/fd")) > before)  # noqa: B023
+                    self.until(lambda: len(os.listdir("/dev/fd")) == before)  # noqa: B023
+                    got = b""
+                    with contextlib.suppress(ConnectionError):
+                        while part := sock.recv(65536):
+                            got += part
+                    self.assertTrue(0 < len(got) < count * 8192, len(got))
+
     def test_a_silent_client_is_pinged_then_dropped(self) -> None:
         client = self.connect(auto_reply=False)
         for _ in range(3):
@@ -1392,6 +1488,19 @@ class TimeLimitsTest(ServerTest):
         client = self.connect(subprotocol="webchannels.v1")
         client.send_json({"channel": "____", "message": "slow", "ref": 1})
         self.assertEqual(client.recv_json(), {"ref": 1, "payload": "slept"})
+
+    def test_a_client_that_left_is_not_dropped_while_its_handler_runs(self) -> None:
+        logging.getLogger("webchannels").level = logging.NOTSET
+        client = self.connect()
+        with self.assertLogs("webchannels", "INFO") as logs:
+            client.send_json({"channel": "____", "message": "slow"})
+            client.send_json({"channel": "____", "message": "note"})
+            client.send_frame(PING, b"there?")
+            self.assertEqual(client.recv(), (PONG, b"there?"))  # what was sent before is there, too
+            client.reset()
+            self.assertTrue(self.noted.wait(10))
+            logging.getLogger("webchannels").info("none but this")
+        self.assertEqual(logs.output, ["INFO:webchannels:none but this"])
 
     def test_those_that_left_are_forgotten(self) -> None:
         self.connect().close()
@@ -1867,6 +1976,39 @@ class MessagesTest(ServerTest):
             with self.assertRaises(ValueError):
                 there.close(code, reason)
 
+    def test_what_arrives_behind_the_servers_close_is_not_handled(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/kick", lambda client: client.close(4000))
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        client = self.connect()
+        client.send_raw(b"".join(
+            frame(TEXT, json.dumps({"channel": "____", "message": name, "payload": 1}).encode())
+            for name in ("note", "kick", "note")))
+        self.assertEqual(client.recv_close()[0], 4000)
+        self.assertEqual(client.rest(), b"")
+        self.assertEqual(handled, [1])
+
+    def test_writing_stops_at_a_reset(self) -> None:
+        """Or asyncio would warn: "socket.send() raised exception"."""
+        entered, release = threading.Event(), threading.Event()
+
+        def hold() -> None:  # the event loop, until the reset is there
+            entered.set()
+            release.wait(10)
+            for _ in range(20):
+                self.app.broadcast("____", "x")
+
+        self.app.route("/hold", hold)
+        client = self.subscribed()
+        with self.assertLogs("asyncio", "WARNING") as logs, Connection(self.url) as other:
+            other.send_raw(b"GET /hold HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
+            client.reset()
+            release.set()
+            self.assertEqual(other.response().status, 204)
+            logging.getLogger("asyncio").warning("none but this")
+        self.assertEqual(logs.output, ["WARNING:asyncio:none but this"])
+
     def test_messages_past_the_limits(self) -> None:
         self.app.config.max_message_size = 1000
         client = self.connect()
@@ -2161,6 +2303,13 @@ class UpAndDownTest(unittest.TestCase):
                 other.up(port, block=False)
             other.up(0, block=False)
             other.down()
+            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: "):
+                other.up(0, "203.0.113.1", block=False)  # RFC 5737: nobody's
+
+    def test_a_system_that_cannot_share_a_port(self) -> None:
+        with mock.patch.object(webchannels, "socket", SimpleNamespace()):
+            with self.assertRaisesRegex(ValueError, "reuse_port"):
+                self.app().up(0, block=False, reuse_port=True)
 
     def test_ipv6_and_tls(self) -> None:
         with serve(self.app(), host="::1") as url:
@@ -2181,6 +2330,10 @@ class UpAndDownTest(unittest.TestCase):
                     self.assertEqual(client.recv_close()[0], 1002)
                 with self.assertRaises(Refused):
                     WebSocketClient(url, origin=url.replace("https", "http"))
+                with Connection(url) as connection:
+                    connection.send_raw(b"nonsense\r\n\r\n")
+                    self.assertEqual(connection.response().status, 400)
+                    self.assertEqual(connection.rest(), b"")
 
     def test_a_socket_of_ones_own_and_reuse_port(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -2219,11 +2372,61 @@ class UpAndDownTest(unittest.TestCase):
         app = self.app()
         app.config.shutdown_timeout = 0.2
         url = app.up(0, block=False)
-        with WebSocketClient(url, auto_reply=False), WebSocketClient(url) as client:
+        entered = threading.Event()
+
+        async def sleep() -> None:
+            entered.set()
+            await asyncio.sleep(3600)
+
+        app.route("/sleep", sleep)
+        with WebSocketClient(url, auto_reply=False), WebSocketClient(url) as client, \
+                Connection(url) as http:
             client.send_json({"channel": "____", "message": "sleep", "payload": 3600})
+            http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
             begun = time.monotonic()
             app.down()
             self.assertLess(time.monotonic() - begun, 5)
+            self.assertEqual(http.rest(), b"")
+
+    def test_down_does_not_wait_for_a_handler_that_holds_the_loop(self) -> None:
+        app = self.app()
+        app.config.shutdown_timeout = -1.5  # to which `down()` adds 2
+        entered, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            entered.set()
+            release.wait(10)
+
+        app.route("/hold", hold)
+        with serve(app) as url, Connection(url) as connection:
+            connection.send_raw(b"GET /hold HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
+            logging.getLogger("webchannels").level = logging.NOTSET
+            with self.assertLogs("webchannels", "WARNING") as logs:
+                app.down()
+            self.assertIn("holds the event loop", logs.output[0])
+            logging.getLogger("webchannels").level = logging.CRITICAL + 1
+            release.set()
+            app.down()
+
+    def test_calls_from_threads_while_it_starts_and_stops(self) -> None:
+        app, over = self.app(), threading.Event()
+
+        def call() -> None:
+            while not over.is_set():
+                app.broadcast("____", "x")
+
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            with serve(app):
+                pass
+        over.set()
+        for thread in threads:
+            thread.join(10)
+            self.assertFalse(thread.is_alive())
 
     def test_down_from_a_handler(self) -> None:
         for message in ("down", "down-thread"):
@@ -2260,6 +2463,29 @@ class UpAndDownTest(unittest.TestCase):
             app.down()
             await serving
             return body
+
+        self.assertEqual(asyncio.run(main()), b"page")
+
+    def test_up_blocks_also_in_another_thread_until_down(self) -> None:
+        app, said = self.app(), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            thread = threading.Thread(target=app.up, args=(0,), kwargs={"block": True})
+            thread.start()
+            while "Serving at" not in said.getvalue():
+                thread.join(0.01)
+        self.assertEqual(request("GET", app.url).body, b"page")
+        self.assertTrue(thread.is_alive())
+        app.down()
+        thread.join(10)
+        self.assertFalse(thread.is_alive())
+
+    def test_up_in_a_loop_that_runs_returns(self) -> None:
+        async def main() -> bytes:
+            app = self.app()
+            url = app.up(0)
+            body = await asyncio.get_running_loop().run_in_executor(None, request, "GET", url)
+            app.down()
+            return body.body
 
         self.assertEqual(asyncio.run(main()), b"page")
 
@@ -2302,6 +2528,14 @@ def stuck():
             terminal.type("\x03")
             terminal.expect("after")
             self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_the_page_opens_in_a_browser(self) -> None:
+        terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",
+                            BROWSER="echo opened %s")
+        self.addCleanup(terminal.__exit__)
+        url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+        terminal.expect(f"opened {url}\n")
+        self.assertEqual(terminal.stop(signal.SIGTERM), 0)
 
     def test_the_interpreter_ends_while_serving(self) -> None:
         terminal = self.script("print(up(0, block=False)); sys.stdin.readline()")
@@ -2349,17 +2583,36 @@ os.wait()
 
     def test_without_free_descriptors_accepting_pauses(self) -> None:
         terminal = self.script("""
-import resource
+import asyncio, resource
+@channel("/____/slow")
+async def slow():
+    await asyncio.sleep(1.5)
+config.shutdown_timeout = 5
 url = up(0, block=False)
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print(url)
 sys.stdin.readline()
+down()
+print("down")
 """)
         url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        client = WebSocketClient(url)
+        self.addCleanup(client.close)
+        for _ in range(2):
+            opened = [Connection(url) for _ in range(60)]
+            for connection in opened:
+                connection.close()
+            self.assertEqual(request("GET", url).body, b"page")
+        terminal.expect("Too many open files: accepting pauses\n")
         opened = [Connection(url) for _ in range(60)]
+        # It goes down while accepting pauses; and that has an end, for which the handler waits.
+        client.send_json({"channel": "____", "message": "slow"})
+        terminal.type("\n")
+        said = terminal.expect("(?s)(.*)down\n")[1]
+        self.assertEqual(said.strip(), "")  # the log told it once, and no traceback
+        self.assertEqual(terminal.process.wait(10), 0)
         for connection in opened:
             connection.close()
-        self.assertEqual(request("GET", url).body, b"page")
 
     def test_params_outside_a_handler(self) -> None:
         with self.assertRaisesRegex(RuntimeError, "only in a handler"):
@@ -2374,6 +2627,80 @@ sys.stdin.readline()
             for name, value in vars(kind).items():
                 if not name.startswith("_") and callable(value):
                     self.assertTrue(inspect.getdoc(value), f"{kind.__name__}.{name}")
+
+
+class DemoTest(unittest.TestCase):
+    """`python3 webchannels.py`."""
+
+    def test_chat_and_wave(self) -> None:
+        with Terminal(sys.executable, "webchannels.py", "--port", "0") as demo:
+            url = demo.expect(r"Serving at (http://127\.0\.0\.1:\d+) ")[1]
+            reply = request("GET", url)
+            nonce = re.search("script-src 'nonce-([^']+)'",
+                              reply.headers["content-security-policy"])
+            assert nonce
+            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 4)
+            with WebSocketClient(url, subprotocol="webchannels.v1") as one, \
+                    WebSocketClient(url, subprotocol="webchannels.v1") as two:
+                def ask(client: WebSocketClient, channel: str, message: str,
+                        payload: Any = None) -> Any:
+                    """The reply; the pushes before it are skipped."""
+                    client.send_json({"channel": channel, "message": message, "payload": payload,
+                                      "ref": 1})
+                    reply = client.recv_json()
+                    while "ref" not in reply:
+                        reply = client.recv_json()
+                    return reply.get("payload", reply.get("error"))
+
+                def push(client: WebSocketClient, message: str) -> Any:
+                    """The payload of the next push of this name."""
+                    while True:
+                        found = client.recv_json()
+                        if found.get("message") == message:
+                            return found["payload"]
+
+                self.assertEqual(ask(one, "____", "echo", {"a": 1}), {"a": 1})
+                self.assertEqual(ask(one, "chat", "subscribe"), "Subscription: OK")
+                first = ask(one, "chat", "name", " Ada  L. ")
+                self.assertEqual((first["name"], first["said"]), ("Ada L.", []))
+                self.assertEqual(push(one, "note"), "Ada L. joined")
+                self.assertEqual(push(one, "people"), [[first["id"], "Ada L."]])
+                self.assertIsNone(ask(one, "chat", "say", "Hi"))
+                said = {"id": first["id"], "name": "Ada L.", "text": "Hi"}
+                for bad in ("", " ", "x" * 501, 5, None):
+                    self.assertEqual(ask(one, "chat", "say", bad), "Type 1 to 500 characters")
+                WebSocketClient(url).close()  # it has no name, so nobody is told
+                self.assertEqual(ask(two, "chat", "subscribe"), "Subscription: OK")
+                second = ask(two, "chat", "name")
+                self.assertEqual(second["said"], [said])
+                self.assertEqual(push(one, "note"), f"{second['name']} joined")
+                self.assertEqual(ask(two, "chat", "name", "Bob")["name"], "Bob")
+                self.assertEqual(push(one, "note"), f"{second['name']} is now Bob")
+                self.assertIsNone(ask(two, "chat", "say", "Hello"))
+                self.assertEqual(push(one, "said"),
+                                 {"id": second["id"], "name": "Bob", "text": "Hello"})
+                two.close()
+                self.assertEqual(push(one, "note"), "Bob left")
+                self.assertEqual(push(one, "people"), [[first["id"], "Ada L."]])
+                for _ in range(2):
+                    ask(one, "wave", "subscribe")
+                    self.assertTrue(all(-1 < push(one, "tick") < 1 for _ in range(3)))
+                    self.assertEqual(ask(one, "wave", "unsubscribe"), "Unsubscription: OK")
+                    time.sleep(0.2)  # nobody looks: the task ends, and the next one starts another
+            demo.type("\x03")
+            self.assertEqual(demo.process.wait(10), 0)
+            self.assertNotIn("Traceback", demo.output)
+
+    def test_the_command_line(self) -> None:
+        version = run_python("webchannels.py", "--version")
+        self.assertEqual(version.stdout, f"webchannels {webchannels.__version__}\n")
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+            for taken, said in ((port, f"webchannels: port {port} on 127.0.0.1 is taken.*"),
+                                (99999, "webchannels: .*port must be 0-65535.*")):
+                done = run_python("webchannels.py", "--port", str(taken))
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(done.stderr, f"^{said}\n$")
 
 
 # ---- In browsers ---------------------------------------------------------------------------------
