@@ -731,13 +731,36 @@ class RouterTest(unittest.TestCase):
             router.add(other, webchannels.Endpoint(lambda: "new", other))
             self.assertEqual(self.found(router, "/a" if path == "/a" else "/q/y")[0], "new")
 
+    def test_a_name_is_not_a_path(self) -> None:
+        router = webchannels.Router()
+        router.add("/:x", webchannels.Endpoint(lambda: "any", "/:x"))
+        self.assertEqual(self.found(router, "/:x"), ("any", ":x"))
+
+    def test_what_handlers_take(self) -> None:
+        given = {"payload": 1, "client": 2, "room": 3}
+        taken: list[tuple[Callable[..., Any], Any]] = [
+            (lambda: "nothing", "nothing"), (lambda payload, room: (payload, room), (1, 3)),
+            (lambda client, other=5: (client, other), (2, 5)), (lambda *rest: rest, ()),
+            (lambda room, **more: (room, more), (3, {"payload": 1, "client": 2})), (dict, {}),
+            (functools.partial(lambda room, client: (room, client), client=9), (3, 2))]
+        for handler, expected in taken:
+            for threaded in (False, True):
+                endpoint = webchannels.Endpoint(handler, "/:room", threaded, {"payload", "client"})
+                self.assertEqual(endpoint(given), expected)
+                self.assertEqual(endpoint.threaded, threaded)
+        self.assertFalse(webchannels.Endpoint(self.found).threaded)
+        self.assertEqual(webchannels.Endpoint(self.found).name, "RouterTest.found")
+        nameless = functools.partial(print)
+        self.assertEqual(webchannels.Endpoint(nameless).name, repr(nameless))
+
     def test_bad_registrations(self) -> None:
         app = WebChannels()
         for path in ("a", "", "/:", "/:1", "/:n::complex", "/:n/:n", "/:n::"[:-1]):
             for register in (app.route, app.channel):
-                with self.subTest(path), self.assertRaises(ValueError):
+                with self.subTest(path), self.assertRaisesRegex(ValueError, re.escape(
+                        repr(path if path[:1] != "/" or path.count("/") > 1 else path[1:]))):
                     register(path, lambda: None)
-        with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for.*payload"):
+        with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for channel, client, "):
             app.channel("/____/x", lambda nobody: None)
         with self.assertRaisesRegex(TypeError, "not a callable"):
             app.route("/", 5)  # type: ignore[arg-type]
@@ -783,6 +806,8 @@ def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: bool = False)
         found += reader.receive(chunk)
         while reader.more:
             found += reader.receive(b"")
+    for kind, data in found:  # what the Close frame says
+        assert kind != webchannels.FAIL or 0 < len(data.reason.encode()) <= 123, data
     return [(kind, data.code if kind == webchannels.FAIL else data) for kind, data in found]
 
 
@@ -803,9 +828,80 @@ class FrameReaderTest(unittest.TestCase):
             for parts in ([frame(opcode, b"x" * (limit + 1))],
                           [frame(opcode, b"x" * limit, fin=False) + frame(CONTINUATION, b"x")]):
                 self.assertEqual(events(parts, limit), [(webchannels.FAIL, 1009)])
+            parts = [frame(opcode, b"x" * 30000, fin=False), frame(CONTINUATION, b"x" * 30000,
+                                                                  fin=False)]
+            self.assertEqual(events([*parts, frame(CONTINUATION, b"x" * 10001)], limit),
+                             [(webchannels.FAIL, 1009)])
+        # The limit is that of each message.
+        self.assertEqual(events([frame(TEXT, b"12345") * 3], 5), [(TEXT, "12345")] * 3)
         # Refused by the header alone, before the payload.
         self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
         self.assertEqual(events([frame(TEXT, b"123456")], 5), [(-1, 1009)])
+
+    def test_what_a_reader_tells_about_itself(self) -> None:
+        reader = webchannels.FrameReader(1 << 20)
+
+        def state() -> tuple[int, bool, bool]:
+            return reader.frames, bool(reader.unfinished), reader.more
+
+        self.assertEqual((reader.frames, reader.unfinished, reader.more), (0, 0, False))
+        for data, frames, unfinished in (
+                (b"", 0, False), (frame(TEXT, b"a") * 2, 2, False), (frame(PING)[:3], 2, True),
+                (frame(PING)[3:], 3, False), (frame(BINARY, bytes(300), fin=False)[:9], 4, True),
+                (bytes(298), 4, True), (b"x", 4, False), (frame(CONTINUATION) * 2, 5, False)):
+            reader.receive(data)
+            self.assertEqual(state(), (frames, unfinished, False), data)
+        reader = webchannels.FrameReader(1 << 20)
+        for data, frames, unfinished in (
+                (frame(BINARY, bytes(70_000))[:5], 0, True), (frame(BINARY, bytes(70_000))[5:], 1,
+                False), (b"\x82\xff", 1, True), (b"\xff" * 8, 1, False), (frame(TEXT), 1, False)):
+            reader.receive(data)
+            self.assertEqual(state(), (frames, unfinished, False), data[:99])
+        # Without an agreement nothing is inflated.
+        reader = webchannels.FrameReader(1 << 20)
+        self.assertEqual([kind for kind, _ in reader.receive(frame(TEXT, packed(b"a"), rsv=4))],
+                         [webchannels.FAIL])
+        reader = webchannels.FrameReader(1 << 20, True)
+        self.assertEqual(reader.receive(frame(TEXT, packed(b"a"), rsv=4)), [(TEXT, "a")])
+        self.assertEqual(state(), (1, False, False))
+
+    def test_the_frames_of_a_chunk_come_a_thousand_at_a_time(self) -> None:
+        for each, event in ((frame(TEXT, b"a"), (TEXT, "a")), (frame(PING), (PING, b""))):
+            reader = webchannels.FrameReader(1 << 20)
+            found = [reader.receive(each * 4321 + each[:4])]
+            while reader.more:
+                found.append(reader.receive(b""))
+            self.assertEqual([len(part) for part in found], [1000] * 4 + [321])
+            self.assertEqual(sum(found, []), [event] * 4321)
+            self.assertEqual(reader.receive(each[4:]), [event])
+
+    def test_failures_that_are_told_apart(self) -> None:
+        reasons = set()
+        for stream in (frame(CONTINUATION), frame(TEXT, fin=False) + frame(TEXT), frame(3)):
+            [(kind, error)] = webchannels.FrameReader(9).receive(stream)
+            self.assertEqual((kind, error.code), (webchannels.FAIL, 1002))
+            reasons.add(error.reason)
+        self.assertEqual(len(reasons), 3)
+
+    def test_encoding_messages(self) -> None:
+        for opcode in (TEXT, BINARY):
+            for body, bits, threshold, deflated in (
+                    (b"", 15, 0, False), (b"a" * 99, 15, 99, True), (b"a" * 99, 15, 100, False),
+                    (b"a" * 99, 0, 0, False), (b"a" * 99, 9, 99, True), (b"abc", 15, 0, False),
+                    (bytes(range(64)) * 900, 9, 0, True), (b"a" * 200_000, 15, 0, True),
+                    (os.urandom(3000), 15, 0, False)):
+                encoded = webchannels.encode_message(opcode, body, bits, threshold)
+                self.assertEqual(encoded[0], (0xC0 if deflated else 0x80) | opcode)
+                size = encoded[1]
+                start = 2 if size < 126 else 4 if size == 126 else 10
+                self.assertEqual(len(encoded) - start,
+                                 int.from_bytes(encoded[2:start], "big") if start > 2 else size)
+                payload = encoded[start:]
+                if deflated:
+                    self.assertLess(len(payload), len(body))
+                    # A window that is larger than agreed on would be refused here.
+                    payload = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
+                self.assertEqual(payload, body)
 
     SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {
         "fragments with control frames between": (
@@ -830,7 +926,17 @@ class FrameReaderTest(unittest.TestCase):
         "a binary one inside a message": (
             frame(TEXT, b"a", fin=False) + frame(BINARY, b"b"), [(-1, 1002)]),
         "a fragmented ping": (frame(PING, b"a", fin=False), [(-1, 1002)]),
+        "a fragmented close": (frame(CLOSE, fin=False), [(-1, 1002)]),
         "a long ping": (frame(PING, bytes(126)), [(-1, 1002)]),
+        "a long close": (frame(CLOSE, b"\x03\xe8" + bytes(124)), [(-1, 1002)]),
+        "the longest ping": (frame(PING, bytes(125)), [(PING, bytes(125))]),
+        "the longest close": (frame(CLOSE, b"\x03\xe8" + bytes(123)),
+                              [(CLOSE, (1000, "\0" * 123))]),
+        "a length in 16 bits behind a short frame": (
+            frame(TEXT, b"a") + frame(BINARY, bytes(300)), [(TEXT, "a"), (BINARY, bytes(300))]),
+        "the largest length that there is": (
+            frame(PING) + b"\x82\xff" + struct.pack("!Q", (1 << 63) - 1) + b"mask",
+            [(PING, b""), (-1, 1009)]),
         "a length that fits 7 bits in 16": (b"\x82\xfe\0\x7d", [(-1, 1002)]),
         "a length that fits 16 bits in 64": (b"\x82\xff" + struct.pack("!Q", 65535), [(-1, 1002)]),
         "a length with the top bit set": (b"\x82\xff" + struct.pack("!Q", 1 << 63), [(-1, 1002)]),
@@ -856,9 +962,11 @@ class FrameReaderTest(unittest.TestCase):
         "with two final blocks": (
             frame(TEXT, packed(b"abc", final=True)[:-1] + packed(b"def"), rsv=4),
             [(TEXT, "abcdef")]),
-        "a flood of final blocks": (frame(TEXT, b"\x03\x00" * 40, rsv=4), [(-1, 1007)]),
+        "16 final blocks": (frame(TEXT, b"\x03\x00" * 15 + packed(b"a"), rsv=4), [(TEXT, "a")]),
+        "17 final blocks": (frame(TEXT, b"\x03\x00" * 16 + packed(b"a"), rsv=4), [(-1, 1007)]),
         "not deflate": (frame(TEXT, b"\xff\xff\xff", rsv=4), [(-1, 1007)]),
         "cut short": (frame(TEXT, packed(os.urandom(99))[:50], rsv=4), [(-1, 1007)]),
+        "cut short in a stored block": (frame(TEXT, b"\0\x40\0\xbf\xffabc", rsv=4), [(-1, 1007)]),
         "text in it that is not UTF-8": (frame(TEXT, packed(b"a\xff"), rsv=4), [(-1, 1007)]),
         "a surrogate in it": (frame(TEXT, packed(b"\xed\xa0\x80"), rsv=4), [(-1, 1007)]),
         "rsv1 on a continuation": (
@@ -961,6 +1069,8 @@ class FrameReaderTest(unittest.TestCase):
                 "permessage-deflate; client_max_window_bits": (answer, 15),
                 "Permessage-Deflate;client_max_window_bits=10": (
                     answer + "; client_max_window_bits=10", 15),
+                "permessage-deflate; client_max_window_bits=8": (
+                    answer + "; client_max_window_bits=8", 15),
                 'permessage-deflate; server_max_window_bits="9"': (
                     answer + "; server_max_window_bits=9", 9),
                 "permessage-deflate; server_no_context_takeover; client_no_context_takeover": (
