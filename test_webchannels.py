@@ -2859,6 +2859,541 @@ class DemoTest(unittest.TestCase):
                 self.assertRegex(done.stderr, f"^{said}\n$")
 
 
+# ---- Several processes, over Redis ---------------------------------------------------------------
+
+
+class Redis:
+    """A redis-server of its own on a port that is free; over TLS with the certificate in `pem`."""
+
+    def __init__(self, *options: str, pem: Path | None = None, port: int = 0) -> None:
+        with socket.create_server(("127.0.0.1", port)) as free:
+            self.port: int = free.getsockname()[1]
+        self.command = ["redis-server", "--bind", "127.0.0.1", "--save", "", *options]
+        self.command += ["--port", str(self.port)] if not pem else [
+            "--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no",
+            "--tls-cert-file", str(pem), "--tls-key-file", str(pem), "--tls-ca-cert-file", str(pem)]
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE)
+        assert self.process.stdout
+        while b"Ready to accept connections" not in self.process.stdout.readline():
+            assert self.process.poll() is None, self.command
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+
+    def ask(self, *words: str) -> list[str]:
+        """The lines of the answer, without those of lengths."""
+        with socket.create_connection(("127.0.0.1", self.port), 10) as sock:
+            sock.sendall(" ".join([*words, "\r\nQUIT\r\n"]).encode())
+            text = b"".join(iter(lambda: sock.recv(65536), b"")).decode(errors="replace")
+        return [line for line in text.split("\r\n")[:-2] if line[:1] not in ("*", "$")]
+
+
+class Lines(logging.Handler):
+    """What is logged meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def count(self, text: str) -> int:
+        return sum(text in line for line in self.lines)
+
+
+class RedisTest(ServerTest):
+    PROGRAM = """
+import asyncio, sys
+from webchannels import *
+config.redis_url = sys.argv[1]
+
+@channel("/____/flood")
+async def flood(payload):
+    for number in range(payload):
+        broadcast("____", sys.argv[2], number)
+        if number % 100 == 99:
+            await asyncio.sleep(0)
+
+@channel("/____/who")
+def who():
+    return sys.argv[2]
+
+print(up(int(sys.argv[3]), block=False, reuse_port=True), flush=True)
+sys.stdin.read()
+"""
+
+    def setUp(self) -> None:
+        if not shutil.which("redis-server"):
+            self.skipTest("needs redis-server")
+        self.folder = Path(self.enterContext_(tempfile.TemporaryDirectory()))
+        self.redis = self.redis_server()
+        self.log = Lines()
+        logger = logging.getLogger("webchannels")
+        logger.addHandler(self.log)
+        self.addCleanup(logger.removeHandler, self.log)
+        self.addCleanup(setattr, logger, "propagate", logger.propagate)
+        logger.propagate = False
+
+    def redis_server(self, *options: str, pem: Path | None = None) -> Redis:
+        redis = Redis("--dir", str(self.folder), *options, pem=pem)
+        self.addCleanup(redis.kill)
+        return redis
+
+    def patient(self, seconds: float) -> None:
+        self.addCleanup(setattr, webchannels, "_PATIENCE", webchannels._PATIENCE)
+        webchannels._PATIENCE = seconds
+
+    def new_app(self, url: str = "", **settings: Any) -> WebChannels:
+        url = url or f"redis://127.0.0.1:{self.redis.port}"
+        app = WebChannels(Config(redis_url=url, shutdown_timeout=0.1, **settings))
+        app.channels_support("a")
+        app.channels_support("b")
+        return app
+
+    def serving(self, url: str = "", **settings: Any) -> tuple[WebChannels, str]:
+        app = self.new_app(url, **settings)
+        return app, self.enterContext_(serve(app))
+
+    def client(self, url: str, *channels: str, redis: bool = True,
+               **options: Any) -> WebSocketClient:
+        """A client that is subscribed; at Redis, too, as the first of its process."""
+        client = WebSocketClient(url, **options)
+        self.addCleanup(client.close)
+        before = {channel: self.subscribers(channel) for channel in channels if redis}
+        for channel in channels:
+            client.send_json({"channel": channel, "message": "subscribe"})
+            self.assertIn("Subscription: OK", client.recv_text())
+        self.until(lambda: all(self.subscribers(each) > count for each, count in before.items()))
+        return client
+
+    def subscribers(self, channel: str, name: str = "0") -> int:
+        """How many processes have subscribed to it at Redis."""
+        return int(self.redis.ask("PUBSUB", "NUMSUB", f"webchannels/{name}/{channel}")[1][1:])
+
+    def child(self, name: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+        """A process of its own, and its URL."""
+        process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM, f"redis://127.0.0.1:{self.redis.port}", name,
+             str(port)], cwd=HERE, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(process.communicate)
+        self.addCleanup(process.kill)
+        assert process.stdout
+        return process, process.stdout.readline().strip()
+
+    def test_all_that_a_broadcast_can_be_reaches_other_processes(self) -> None:
+        def read(client: WebSocketClient) -> Any:
+            opcode, data = client.recv()
+            return data if opcode == BINARY else json.loads(data)
+        (one, first), (two, second) = self.serving(), self.serving()
+        stranger = self.client(self.serving(self.url_of("other"))[1], "a", redis=False)
+        self.until(lambda: self.subscribers("a", "other"))
+        here = self.client(first, "a", subprotocol="webchannels.v1")
+        there = self.client(second, "a", "b", subprotocol="webchannels.v1", deflate=True)
+        plain = self.client(second, "a", redis=False)
+        other = next(client for client in two.connected_clients("b"))
+        self.assertTrue(one.broadcast("a", "text"))
+        self.assertFalse(one.broadcast("b", "b has nobody here", None))
+        one.broadcast(["a", "b"], "several", {"n": float("nan"), "long": "é" * 5000})
+        one.broadcast("a", "nan", float("nan"))
+        one.broadcast("a", b"\x00\xff\n")
+        one.broadcast("a", "")
+        one.broadcast("a", "not to there", exclude=other)
+        one.broadcast("a", "not to there either", exclude=[other.id])
+        one.broadcast("a", "only to there", only=other.id)
+        one.broadcast("a", "to nobody", only=[])
+        one.broadcast("a", "last")
+        several = {"message": "several", "payload": {"n": None, "long": "é" * 5000}}
+        text, nan = {"channel": "a", "message": "text"}, {"channel": "a", "message": "nan",
+                                                          "payload": None}
+        empty, last = {"channel": "a", "message": ""}, {"channel": "a", "message": "last"}
+        self.assertEqual([read(there) for _ in range(9)], [
+            text, {"channel": "b", "message": "b has nobody here"}, {"channel": "a", **several},
+            {"channel": "b", **several}, nan, b"\x00\xff\n", empty,
+            {"channel": "a", "message": "only to there"}, last])
+        self.assertEqual([read(here) for _ in range(8)], [
+            text, {"channel": "a", **several}, nan, b"\x00\xff\n", empty,
+            {"channel": "a", "message": "not to there"},
+            {"channel": "a", "message": "not to there either"}, last])
+        self.assertEqual(plain.recv_text(), "text")
+        self.assertEqual(plain.recv_json()["channel"], "a")
+        self.assertEqual(plain.recv_json(), nan)
+        self.assertEqual(plain.recv(), (BINARY, b"\x00\xff\n"))
+        self.assertEqual([plain.recv_text() for _ in range(4)],
+                         ["", "not to there", "not to there either", "last"])
+        with self.assertRaises(socket.timeout):
+            stranger.recv(0.05)
+        with self.assertRaisesRegex(ValueError, "max_send_buffer"):
+            one.broadcast("a", "x" * (1 << 20))
+
+    def url_of(self, name: str) -> str:
+        return f"redis://127.0.0.1:{self.redis.port}/{name}"
+
+    def test_only_what_has_subscribers_is_subscribed_to(self) -> None:
+        app, url = self.serving()
+
+        def known() -> list[str]:
+            return self.redis.ask("PUBSUB", "CHANNELS")
+        self.assertEqual(known(), [])
+        one, two = self.client(url, "a"), self.client(url)
+        two.send_json({"channel": "a", "message": "subscribe"})
+        two.recv_text()
+        self.assertEqual(known(), ["webchannels/0/a"])
+        one.close()
+        self.until(lambda: len(app.connected_clients()) == 1)
+        app.broadcast("a", "still")
+        self.assertEqual((two.recv_text(), known()), ("still", ["webchannels/0/a"]))
+        two.send_json({"channel": "a", "message": "unsubscribe"})
+        two.recv_text()
+        self.until(lambda: known() == [])
+        [client] = app.connected_clients()
+        app.subscribe(client, "\ud800")  # no UTF-8 has it
+        self.until(lambda: known() != [])
+        two.close()
+        self.until(lambda: known() == [])
+        self.assertEqual(self.log.lines, [])
+
+    def test_many_broadcasts_of_one_turn_are_one_write(self) -> None:
+        app, url = self.serving()
+        writes: list[bytes] = []
+        client = self.client(self.serving()[1], "a")
+
+        def burst() -> None:
+            bus: Any = app._bus
+            original = bus._writer.write
+
+            def write(data: bytes) -> None:
+                writes.append(data)
+                original(data)
+            bus._writer.write = write
+            for number in range(100):
+                app.broadcast("a", str(number))
+        app._call(burst)
+        self.assertEqual([client.recv_text() for _ in range(100)], [*map(str, range(100))])
+        self.assertEqual(len(writes), 1)
+
+    def once_and_in_order(self, count: int, each: int) -> None:
+        """Each of `count` processes broadcasts the numbers below `each`, all at the same time."""
+        urls = [self.child(str(number))[1] for number in range(count)]
+        clients = [self.client(url, "____") for url in urls]
+        for client in clients:
+            client.send_json({"channel": "____", "message": "flood", "payload": each})
+        for client in clients:
+            got: dict[str, list[int]] = {str(number): [] for number in range(count)}
+            for _ in range(count * each):
+                push = client.recv_json()
+                got[push["message"]].append(push["payload"])
+            for numbers in got.values():
+                self.assertEqual(numbers, list(range(each)))
+
+    def test_two_processes_get_each_broadcast_once_and_in_order(self) -> None:
+        self.once_and_in_order(2, 5000)
+
+    def test_four_processes_get_each_broadcast_once_and_in_order(self) -> None:
+        self.once_and_in_order(4, 2500)
+
+    def test_a_process_is_killed_and_replaced(self) -> None:
+        app, url = self.serving()
+        client = self.client(url, "____")
+        for number in range(2):
+            process, there = self.child(str(number))
+            other = self.client(there, "____")
+            app.broadcast("____", f"to {number}")
+            self.assertEqual([each.recv_text() for each in (client, other)], [f"to {number}"] * 2)
+            other.send_json({"channel": "____", "message": "flood", "payload": 1})
+            self.assertEqual(client.recv_json()["message"], str(number))
+            process.kill()
+            self.until(lambda: self.subscribers("____") == 1)
+        self.assertEqual(self.log.lines, [])
+
+    def test_several_processes_on_one_port(self) -> None:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            self.skipTest("needs SO_REUSEPORT")
+        url = self.child("0")[1]
+        for number in range(1, 4):
+            self.assertEqual(self.child(str(number), int(url.rpartition(":")[2]))[1], url)
+        clients: dict[str, WebSocketClient] = {}
+        for _ in range(500):  # the system spreads them by a hash of their ports
+            client = self.client(url)
+            client.send_json({"channel": "____", "message": "who"})
+            clients.setdefault(client.recv_text(), client)
+            if len(clients) == 4:
+                break
+        for client in clients.values():
+            client.send_json({"channel": "____", "message": "subscribe"})
+            client.recv_text()
+        self.until(lambda: self.subscribers("____") == 4)
+        clients["0"].send_json({"channel": "____", "message": "flood", "payload": 1})
+        for client in clients.values():
+            self.assertEqual(client.recv_json()["message"], "0")
+
+    def test_a_system_that_cannot_share_a_port(self) -> None:
+        if hasattr(socket, "SO_REUSEPORT"):
+            self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
+            del socket.SO_REUSEPORT
+        with self.assertRaisesRegex(ValueError, "cannot share a port"):
+            self.new_app().up(0, reuse_port=True, block=False)
+        self.until(lambda: len(self.redis.ask("CLIENT", "LIST")) < 3)  # it has left Redis, too
+
+    # Faults.
+
+    def test_redis_is_killed_and_comes_back(self) -> None:
+        (one, first), (_, second) = self.serving(), self.serving()
+        here, there = self.client(first, "a"), self.client(second, "a")
+        sent = 0
+
+        def send(count: int) -> None:
+            nonlocal sent
+            for _ in range(count):
+                sent += 1
+                self.assertTrue(one.broadcast("a", str(sent)))
+        send(1000)
+        got = [int(there.recv_text()) for _ in range(1000)]
+        send(1000)
+        self.redis.kill()  # in the middle of these
+        send(1000)
+        self.until(lambda: self.log.count("lost Redis") == 2)
+        away = sent
+        send(1000)
+        here.timeout = 1  # at once
+        self.assertEqual([here.recv_text() for _ in range(sent)], [*map(str, range(1, sent + 1))])
+        self.client(second, "b", redis=False)  # is to be subscribed to when Redis is back
+        self.redis.start()
+        self.until(lambda: self.log.count("is back") == 2)
+        send(1)
+        one.broadcast("b", "b")
+        while got[-1] != sent:
+            got.append(int(there.recv_text()))
+        self.assertEqual(got, sorted(set(got)))  # in order, none twice
+        self.assertEqual(got[:1000], [*range(1, 1001)])
+        self.assertEqual(got[-1001:], [*range(away + 1, sent + 1)])
+        self.until(lambda: self.subscribers("b"))
+        self.assertEqual(len(self.log.lines), 4, self.log.lines)
+
+    def test_a_redis_that_stalls_is_noticed(self) -> None:
+        self.patient(0.2)
+        (one, first), (_, second) = self.serving(), self.serving()
+        here, there = self.client(first, "a"), self.client(second, "a")
+        self.redis.process.send_signal(signal.SIGSTOP)
+        self.until(lambda: self.log.count("(no answer)") == 2)
+        self.assertTrue(one.broadcast("a", "meanwhile"))
+        self.assertEqual(here.recv_text(), "meanwhile")
+        with self.assertRaisesRegex(ConnectionError, "no answer"):
+            self.new_app().up(0, block=False)
+        self.redis.process.send_signal(signal.SIGCONT)
+        self.assertEqual(there.recv_text(), "meanwhile")
+        self.assertEqual(self.log.count("lost Redis"), 2)
+
+    def test_a_quiet_redis_is_not_lost(self) -> None:
+        self.patient(0.02)
+        self.serving()
+        self.until(lambda: "calls=5" in str(self.redis.ask("INFO", "commandstats")
+                                            ).partition("cmdstat_ping:")[2])
+        self.assertEqual(self.log.lines, [])
+
+    def test_past_the_bound_the_oldest_are_dropped(self) -> None:
+        (one, _), (_, second) = self.serving(max_send_buffer=2048), self.serving()
+        there = self.client(second, "a")
+        self.redis.kill()
+        self.until(lambda: self.log.count("lost Redis") == 2)
+        for number in range(1000):
+            one.broadcast("a", f"{number:0100}")
+        bus: Any = one._bus
+        self.assertLess(sum(map(len, bus._queue)), 8 * 2048)
+        self.redis.start()
+        first_kept = int(there.recv_text())
+        self.assertEqual([int(there.recv_text()) for _ in range(first_kept + 1, 1000)],
+                         [*range(first_kept + 1, 1000)])
+        self.assertEqual(self.log.count(f"{first_kept} broadcasts for Redis were dropped"), 1)
+
+    def test_a_broadcast_right_before_the_end_gets_through(self) -> None:
+        app = self.new_app()
+        there = self.client(self.serving()[1], "a")
+        app.up(0, block=False)
+        for _ in range(50):
+            app.broadcast("a", "x" * 10_000)
+        begun = time.monotonic()
+        app.down()
+        self.assertLess(time.monotonic() - begun, 0.4)
+        for _ in range(50):
+            self.assertEqual(len(there.recv_text()), 10_000)
+        self.assertEqual(self.log.lines, [])
+
+    def test_without_redis_a_script_ends_at_once(self) -> None:
+        self.redis.kill()
+        done = run_python("-c", self.PROGRAM, f"redis://:secret@127.0.0.1:{self.redis.port}", "",
+                          "0", timeout=10)
+        self.assertNotEqual(done.returncode, 0)
+        self.assertRegex(done.stderr.splitlines()[-1],
+                         f"ConnectionError: no Redis at 127.0.0.1:{self.redis.port}: .*111|refused")
+        self.assertNotIn("secret", done.stderr)
+
+    def test_tls_and_passwords(self) -> None:
+        pem, secret = certificate(self.folder), "p:a/s@s wörd"
+        redis = self.redis_server("--requirepass", secret, pem=pem)
+        quoted = "".join(f"%{byte:02x}" for byte in secret.encode())
+        url = f"rediss://{{}}@localhost:{redis.port}/tls"
+
+        def refused(url: str) -> str:
+            with self.assertRaises(ConnectionError) as caught:
+                self.serving(url)
+            self.assertIn(f":{redis.port}: ", str(caught.exception))
+            return str(caught.exception)
+        self.assertIn("CERTIFICATE_VERIFY_FAILED", refused(url.format(f":{quoted}")))
+        before = os.environ.get("SSL_CERT_FILE")
+        self.addCleanup(lambda: os.environ.pop("SSL_CERT_FILE") if before is None else
+                        os.environ.update(SSL_CERT_FILE=before))
+        os.environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
+        for user in "", "default":
+            one, _ = self.serving(url.format(f"{user}:{quoted}"))
+            _, second = self.serving(url.format(f"{user}:{quoted}"))
+            there = self.client(second, "a", redis=False)
+            while not select.select([there.sock], [], [], 0.01)[0]:  # until Redis knows of it
+                one.broadcast("a", "x" * 100_000)
+            self.assertEqual(len(there.recv_text()), 100_000)
+            self.assertNotIn(secret, f"{one.config} {vars(one)}")
+        self.assertIn("WRONGPASS", refused(url.format("default:wrong")))
+        self.assertIn("NOAUTH", refused(url.format("@").replace("@@", "")))
+        with self.assertRaises(ConnectionError):
+            self.serving(url.replace("rediss", "redis").format(f":{quoted}"))
+        for bad in (f"redis://:{secret}@localhost", f"http://:{secret}@x", "redis://", "redis://x:y",
+                    f"redis://localhost?password={secret}"):
+            with self.assertRaisesRegex(ValueError, "config.redis_url is not") as caught:
+                self.new_app(bad).up(0, block=False)
+            self.assertNotIn(secret, str(caught.exception))
+        self.assertEqual(self.log.lines, [])
+
+    GREETING = b"%1\r\n$5\r\nproto\r\n:3\r\n"
+
+    def fake(self, *answers: bytes, echo: bool = False) -> str:
+        """The URL of a server that gives each connection these answers, one for each read."""
+        server = socket.create_server(("127.0.0.1", 0))
+
+        def run() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    with server.accept()[0] as sock:
+                        for answer in answers:
+                            data = sock.recv(65536)
+                            sock.sendall(data if echo else answer)
+                        while sock.recv(65536):
+                            pass
+        thread = threading.Thread(target=run)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(server.close)
+        self.addCleanup(server.shutdown, socket.SHUT_RDWR)
+        return f"redis://:secret@127.0.0.1:{server.getsockname()[1]}"
+
+    def test_what_is_no_redis(self) -> None:
+        self.patient(0.3)
+        for answer, why in (
+                (b"HTTP/1.1 400 Bad Request\r\n\r\n", "it said 'HTTP/1.1 400 Bad Request'"),
+                (b"-DENIED Redis is running in protected mode\r\n", "it said '-DENIED Redis is"),
+                (b"+OK\r\n-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n",
+                 "it said '-ERR unknown command"),
+                (b"-ERR what does secret mean\r\n", "what does \\*\\*\\* mean"),
+                (b"\x15\x03\x03\x00\x02", "no answer"), (b"x" * 200_000, "chunk|limit"),
+                (b"", "no answer")):
+            with self.subTest(why), self.assertRaisesRegex(ConnectionError, why) as caught:
+                self.new_app(self.fake(answer)).up(0, block=False)
+            self.assertNotIn("secret", str(caught.exception))
+        with self.assertRaisesRegex(ConnectionError, "it said '\\*2'"):
+            self.new_app(self.fake(b"", echo=True)).up(0, block=False)
+
+    def test_replies_that_are_malformed_or_too_large(self) -> None:
+        for answer, why in (
+                (b"-NOPERM this user may not\r\n", "it said b'-NOPERM this user may not"),
+                (b"$7\r\nmessageXY\r\n", r"it said b'\\r\\n'"),
+                (b"$99999999999\r\n", "it said b'\\$99999999999"),
+                (b"$-1\r\n", "it said b'\\$-1"), (b"hello\r\n", "it said b'hello"),
+                (b"$30000\r\n" + b"x" * 30000, "it said b'\\$30000"),
+                (b"+" + b"x" * 30000, "it said b'\\+xxx")):
+            with self.subTest(why):
+                app, url = self.serving(self.fake(b"+OK\r\n" + self.GREETING, answer),
+                                        max_send_buffer=2048)
+                self.client(url, "a", redis=False)  # the fake answers to the subscription
+                self.until(lambda: self.log.lines)
+                self.assertRegex(self.log.lines[0], why)
+                app.down()
+                self.log.lines.clear()
+
+    def test_messages_that_are_none(self) -> None:
+        app, url = self.serving()
+        client = self.client(url, "a")
+        sender = "0123456789abcdef"
+        for text in ("garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,3,null]\n{}",
+                     sender + '[1,"x",[],null]\n{}', sender + "[1,1,[[]],null]\nx"):
+            self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
+        self.until(lambda: self.log.count("not a broadcast of ours") == 6)
+        app.broadcast("a", "fine")
+        self.assertEqual(client.recv_text(), "fine")
+
+    # Other engines.
+
+    def test_an_engine_of_ones_own(self) -> None:
+        class Nearby(webchannels.Bus):
+            """Between the apps of one process."""
+
+            everyone: list[Nearby] = []
+
+            async def start(self) -> None:
+                self.wanted: set[str] = set()
+                self.everyone.append(self)
+
+            async def stop(self) -> None:
+                self.everyone.remove(self)
+
+            def publish(self, channel: str, data: bytes) -> None:
+                for bus in self.everyone:  # itself, too
+                    if channel in bus.wanted:
+                        bus.deliver(channel, data)  # into other threads, which do the same
+
+            def listen(self, channel: str, wanted: bool) -> None:
+                (self.wanted.add if wanted else self.wanted.remove)(channel)
+
+        class Broken(webchannels.Bus):
+            async def start(self) -> None:
+                raise RuntimeError("no engine")
+
+        apps = [WebChannels(Config(bus=Nearby(), shutdown_timeout=0.1)) for _ in range(3)]
+        clients = [self.client(self.enterContext_(serve(app)), "____", redis=False)
+                   for app in apps]
+        self.assertTrue(apps[0].broadcast("____", "first"))
+        self.assertEqual([client.recv_text() for client in clients], ["first"] * 3)
+        clients[2].close()
+        self.until(lambda: not Nearby.everyone[2].wanted)
+
+        def burst(app: WebChannels) -> None:
+            for number in range(100):
+                app.broadcast("____", "number", number)
+        threads = [threading.Thread(target=app._call, args=(functools.partial(burst, app),))
+                   for app in apps]
+        for thread in threads:
+            thread.start()
+        for client in clients[:2]:
+            got = [client.recv_json()["payload"] for _ in range(300)]
+            self.assertEqual(sorted(got), sorted([*range(100)] * 3))
+        for thread in threads:
+            thread.join()
+        for app in apps:
+            app.down()
+        self.assertEqual(Nearby.everyone, [])
+        with self.assertRaisesRegex(RuntimeError, "no engine"):
+            WebChannels(Config(bus=Broken())).up(0, block=False)
+        apps[0].config.bus = webchannels.Bus()
+        with serve(apps[0]) as url:
+            client = self.client(url, "____", redis=False)
+            apps[0].broadcast("____", "alone")
+            self.assertEqual(client.recv_text(), "alone")
+
+
 # ---- In browsers ---------------------------------------------------------------------------------
 
 RECORD = "<script>got = []; parse_payload = payload => got.push(payload)</script>"
@@ -3338,7 +3873,7 @@ class ReadmeTest(BrowserTest):
             if language:
                 self.blocks.setdefault(heading, []).append((language, block))
         self.ports: dict[str, int] = {}
-        for port in "8000", "5000", "443":
+        for port in "8000", "5000", "443", "6379", "8001", "8002", "8003", "8004":
             with socket.create_server(("127.0.0.1", 0)) as free:
                 self.ports[port] = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.ports['8000']}"
@@ -3347,15 +3882,17 @@ class ReadmeTest(BrowserTest):
         return [text for each, text in self.blocks[heading] if each == language]
 
     def with_ports(self, text: str) -> str:
-        return re.sub(r"\b(8000|5000|443)\b", lambda match: str(self.ports[match[0]]), text)
+        return re.sub(r"\b(800[0-4]|5000|443|6379)\b",
+                      lambda match: str(self.ports[match[0]]), text)
 
-    def start(self, heading: str, *options: str, then: str = "", port: str = "8000") -> Terminal:
+    def start(self, heading: str, *options: str, then: str = "", port: str = "8000",
+              arguments: Sequence[str] = ()) -> Terminal:
         """Run the heading's Python as one program, until it serves."""
         source = "".join([*self.texts(heading, "python"), then])
         (self.folder / "app.py").write_text(
             TYPED_FIRST.format(self.ports["8000"]) + self.with_ports(source))
-        program = Terminal(sys.executable, *options, "app.py", cwd=self.folder, BROWSER="true",
-                           PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        program = Terminal(sys.executable, *options, "app.py", *arguments, cwd=self.folder,
+                           BROWSER="true", PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         for _ in range(200):
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.connect(("127.0.0.1", self.ports[port]))
@@ -3479,23 +4016,68 @@ class ReadmeTest(BrowserTest):
             self.assertEqual(request("GET", url, {"Host": "live.example.com"}).status, 200)
             self.assertEqual(request("GET", url).status, 403)
 
+    def start_nginx(self, nginx: str, http: str) -> None:
+        (self.folder / "nginx.conf").write_text(NGINX_HTTP.format(self.folder, http))
+        command = [nginx, "-p", str(self.folder), "-c", "nginx.conf", "-e", "log"]
+        subprocess.run(command, check=True)
+        self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+
     def test_behind_nginx(self) -> None:
         nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
         if not nginx:
             self.skipTest("needs nginx")
         heading, pem = "Behind nginx, with TLS, under a prefix", certificate(self.folder)
         server = re.sub(r"/etc/ssl/\w+\.pem", str(pem), self.texts(heading, "nginx")[0])
-        (self.folder / "nginx.conf").write_text(
-            NGINX_HTTP.format(self.folder, self.with_ports(server)))
-        command = [nginx, "-p", str(self.folder), "-c", "nginx.conf", "-e", "log"]
-        subprocess.run(command, check=True)
-        self.addCleanup(subprocess.run, [*command, "-s", "stop"])
+        self.start_nginx(nginx, self.with_ports(server))
         url, host = f"https://127.0.0.1:{self.ports['443']}/live/", {"Host": "example.com"}
         with self.start(heading):
             self.assertIn(b'data-path="/live/"', request("GET", url, host).body)
             WebSocketClient(url, headers=host, origin="https://example.com").close()
             with self.assertRaises(Refused):
                 WebSocketClient(url, headers=host, origin="https://example.org")
+
+    def test_several_processes(self) -> None:
+        if not shutil.which("redis-server"):
+            self.skipTest("needs redis-server")
+        nginx = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+        if not nginx:
+            self.skipTest("needs nginx")
+        heading = "Several processes"
+        redis = Redis("--dir", str(self.folder), port=self.ports["6379"])
+        self.addCleanup(redis.kill)
+        [unit] = self.texts(heading, "ini")
+        self.assertIn("ExecStart=/usr/bin/python3 app.py 8000\n", unit)
+        for names in ["8000"] * 2, ["8001", "8002", "8003", "8004"]:
+            with contextlib.ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(self.start(heading, port=name, arguments=[
+                        str(self.ports[name])])).expect("Serving at")
+                if names[0] == "8001":
+                    server = self.with_ports(self.texts(heading, "nginx")[0])
+                    above = self.texts("Behind nginx, with TLS, under a prefix", "nginx")[0]
+                    self.start_nginx(nginx, above[:above.index("server {")] + server)
+                clients = []
+                for _ in range(20):
+                    client = stack.enter_context(WebSocketClient(self.url, origin=self.url))
+                    client.send_json({"channel": "____", "message": "subscribe"})
+                    self.assertEqual(client.recv_text(), "Subscription: OK")
+                    clients.append(client)
+                known, end = ["webchannels/live/____", f":{len(names)}"], time.monotonic() + 10
+                while redis.ask("PUBSUB", "NUMSUB", known[0]) != known:
+                    self.assertLess(time.monotonic(), end)
+                clients[0].send_json({"channel": "____", "message": "say", "payload": "Hi"})
+                self.assertEqual({client.recv_text() for client in clients}, {"Hi"})
+
+    def test_another_engine(self) -> None:
+        with self.start("Another engine than Redis", "-i", port="5000") as program:
+            clients = [WebSocketClient(f"http://127.0.0.1:{self.ports[port]}")
+                       for port in ("8000", "5000")]
+            for client in clients:
+                self.addCleanup(client.close)
+                client.send_json({"channel": "____", "message": "subscribe"})
+                self.assertEqual(client.recv_text(), "Subscription: OK")
+            program.type('apps[0].broadcast("____", "Hi")\n')
+            self.assertEqual([client.recv_text() for client in clients], ["Hi", "Hi"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
 The rooms of this file, in the order in which data flows: config, router, http, websocket,
-messages, clients, app, default app, channels.js, demo.
+messages, clients, bus, app, default app, channels.js, demo.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -57,14 +58,15 @@ import urllib.parse
 import weakref
 import webbrowser
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
-    "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response", "WebChannels",
-    "broadcast", "channel", "channels_script", "channels_support", "config", "connected_clients",
-    "disconnected_clients", "down", "on_connect", "on_disconnect", "params", "route", "serve",
+    "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
+    "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
+    "connected_clients", "disconnected_clients", "down", "on_connect", "on_disconnect", "params",
+    "route", "serve",
     "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
@@ -104,6 +106,10 @@ class Config:
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
     json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
+    # redis://[[user]:password@]host[:port][/name], or rediss:// for TLS: broadcasts reach all
+    # processes with this Redis (6 or later) and this name or number; see RedisBus.
+    redis_url: str | None = field(default=None, repr=False)
+    bus: Bus | None = None  # what carries broadcasts in place of Redis
 
 
 # ------------------------------------------------------------------------------------- router
@@ -1124,6 +1130,205 @@ class ChannelClient(asyncio.Protocol):
             self._write(_PING)
 
 
+# ---------------------------------------------------------------------------------------- bus
+
+_PATIENCE = 5.0  # seconds for Redis to answer
+_RETRY = 0.5  # seconds: the longest pause before it is tried again
+_RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, which begin with "-"
+
+
+class Bus:
+    """Carries broadcasts between processes; `config.bus` may be one with an engine of your own.
+
+    The app calls these methods in its event loop; they must not block it. What other processes
+    publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
+    own is ignored there. This one carries nothing: a process by itself.
+    """
+
+    deliver: Callable[[str, bytes], None]
+
+    async def start(self) -> None:
+        """Connect. What this raises, `up()` raises."""
+
+    async def stop(self) -> None:
+        """Disconnect."""
+
+    def publish(self, channel: str, data: bytes) -> None:
+        """Carry `data` to the processes that listen to `channel`, in order."""
+
+    def listen(self, channel: str, wanted: bool) -> None:
+        """The channel has its first subscriber in this process, or has lost the last."""
+
+
+class RedisBus(Bus):
+    """Redis 6 or later: with RESP3 one connection can publish and subscribe.
+
+    While it is away, the last `limit` bytes of broadcasts are held. What was under way may be lost.
+    """
+
+    def __init__(self, url: str, limit: int) -> None:
+        match = re.fullmatch(r"(rediss?)://(?:([^:@/]*):([^@/]*)@)?([^:@/[\]]+|\[[\w:.]+\])"
+                             r"(?::(\d{1,5}))?/?([\w-]*)", url)
+        if not match:  # the URL may have a password, and is not shown
+            raise ValueError("config.redis_url is not redis[s]://[user:password@]host[:port][/name]"
+                             ", with %-escapes in the user and the password")
+        scheme, user, self._secret, host, port, name = map(urllib.parse.unquote, match.groups(""))
+        self._where = host.strip("[]"), int(port or 6379)
+        self._ssl = ssl_module.create_default_context() if scheme == "rediss" else None
+        self._prefix = f"webchannels/{name or 0}/"  # for PUBLISH, all databases are one
+        auth = ["AUTH", *filter(None, (user, self._secret))] if self._secret else []
+        self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
+        self._limit, self._held, self._dropped = limit, 0, 0
+        self._queue: collections.deque[bytes] = collections.deque()
+        self._channels: set[str] = set()  # with the prefix
+        self._writer: asyncio.StreamWriter | None = None  # while we are logged in
+        self._ready = self._stopping = False
+
+    async def start(self) -> None:
+        await self._connect()
+        self._ready = True
+        self._task = asyncio.ensure_future(self._keep())
+
+    async def stop(self) -> None:
+        self._flush()
+        self._stopping = True
+        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
+        await asyncio.wait([self._task], timeout=0.5)
+        self._task.cancel()
+
+    def publish(self, channel: str, data: bytes) -> None:
+        if not self._queue:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._queue.append(_command("PUBLISH", self._prefix + channel, data))
+        self._held += len(self._queue[-1])
+        if self._held > _READ_AHEAD:
+            self._flush()
+        while self._held > self._limit:
+            self._held -= len(self._queue.popleft())
+            self._dropped += 1
+
+    def listen(self, channel: str, wanted: bool) -> None:
+        name = self._prefix + channel
+        (self._channels.add if wanted else self._channels.discard)(name)
+        self._write("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name)
+
+    def _write(self, *words: str) -> None:
+        if self._writer:
+            self._writer.write(_command(*words))
+
+    def _flush(self) -> None:
+        if self._ready and self._queue and self._writer and (
+                self._writer.transport.get_write_buffer_size() < _READ_AHEAD):
+            self._writer.write(b"".join(self._queue))
+            if self._dropped:
+                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
+            self._queue.clear()
+            self._held = self._dropped = 0
+
+    async def _connect(self) -> None:
+        writer = None
+        try:
+            self._reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(*self._where, ssl=self._ssl), _PATIENCE)
+            writer.writelines(self._login)
+            for _ in self._login:
+                line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
+                if line[:1] not in (b"+", b"%"):  # what follows in HELLO's map is read later
+                    raise ConnectionError(f"it said {line[:200].decode('latin-1').rstrip()!r}")
+            self._writer = writer
+            if self._channels:
+                self._write("SUBSCRIBE", *self._channels)
+        except (OSError, ValueError, asyncio.TimeoutError) as error:
+            why = str(error).replace(self._secret or "\n", "***") or "no answer"
+            raise ConnectionError("no Redis at %s:%d: %s" % (*self._where, why)) from None
+        finally:
+            if writer and not self._writer:
+                writer.transport.abort()
+
+    async def _keep(self) -> None:
+        """Read; when the connection is lost, come back."""
+        pause = 0.0
+        while True:
+            try:
+                if not self._ready:
+                    await asyncio.sleep(pause * random.uniform(0.5, 1))
+                    pause = min(2 * pause, _RETRY)
+                    await self._connect()
+                    # What is held waits until the other processes are back, too.
+                    asyncio.get_running_loop().call_later(2 * _RETRY, self._back, self._writer)
+                await self._read()
+            except (OSError, ValueError, asyncio.TimeoutError) as error:
+                if self._stopping:
+                    return
+                if self._ready:
+                    logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
+                                   *self._where, str(error) or "no answer", self._limit)
+                    pause = _RETRY / 8
+                self._ready = False
+            finally:
+                if self._writer:
+                    self._writer.transport.abort()
+                    self._writer = None
+
+    def _back(self, writer: asyncio.StreamWriter | None) -> None:
+        if writer is self._writer:
+            logger.warning("Redis at %s:%d is back", *self._where)
+            self._ready = True
+            self._flush()
+
+    async def _read(self) -> None:
+        """Deliver what comes: `>3` and three strings, of which the first is "message"."""
+        data, at, words = b"", 0, [b""]
+        while True:
+            try:
+                more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
+            except asyncio.TimeoutError:
+                self._write("PING")
+                more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
+            data, at = data[at:] + more, 0
+            match = _RESP.match(data)
+            while match:
+                start = match.end()
+                end = start + int(match[1]) + 2 if match[1] else start
+                if end > len(data):
+                    break
+                words = [*words, data[start:end - 2]] if match[1] else [match[0]]
+                at = end
+                if len(words) == 4:
+                    name = words[2].decode("utf-8", "surrogatepass")
+                    if words[:2] == [b">3\r\n", b"message"] and name in self._channels:
+                        self.deliver(name[len(self._prefix):], words[3])
+                    words = [b""]
+                match = _RESP.match(data, at)
+            if not more or len(data) - at > self._limit or not match and b"\r\n" in data[at:]:
+                raise ConnectionError(f"it said {data[at:at + 200]!r}" if more else "it hung up")
+            self._flush()  # Redis has read: there may be room again
+
+
+def _command(*words: str | bytes) -> bytes:
+    parts = [word.encode("utf-8", "surrogatepass") if isinstance(word, str) else word
+             for word in words]
+    return b"*%d\r\n" % len(parts) + b"".join(
+        [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+
+
+def pack_push(push: Push, without: set[str], among: set[str] | None) -> bytes:
+    """A broadcast as it travels: a line of JSON, and what the two dialects send."""
+    plain, body = push._bodies
+    head = [push._opcode, len(plain), [*without], None if among is None else [*among]]
+    return dump_json(head).encode() + b"\n" + plain + (b"" if body is plain else body)
+
+
+def unpack_push(settings: Config, data: bytes) -> tuple[Push, set[str], set[str] | None]:
+    """Raises TypeError or ValueError for what is none, or is too large here."""
+    head, bodies = data.split(b"\n", 1)
+    opcode, size, without, among = load_json(head.decode())
+    plain, body = bodies[:size], bodies[size:] or bodies
+    push = Push(settings, "", body)
+    push._opcode, push._bodies = TEXT if opcode == TEXT else BINARY, (plain, body)
+    return push, set(without), None if among is None else set(among)
+
+
 # ---------------------------------------------------------------------------------------- app
 
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
@@ -1132,7 +1337,7 @@ _LINGER = 2.0  # seconds for a refused peer to read the answer, before the conne
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
-Clients = Union[ChannelClient, Iterable[ChannelClient]]
+Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
 
 
 class HTTPConnection(asyncio.Protocol):
@@ -1396,6 +1601,8 @@ class WebChannels:
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
         self._tasks: set[asyncio.Future[Any]] = set()
+        self._bus: Bus | None = None
+        self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
 
     # What a program registers.
 
@@ -1508,19 +1715,39 @@ class WebChannels:
                   *, exclude: Clients = (), only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
-        `exclude` and `only` are clients. True if anyone was there to be sent it. Raises TypeError
-        or ValueError for what cannot be sent, before anything is sent.
+        `exclude` and `only` are clients, or their ids, also those of other processes. True if
+        anyone was there to be sent it; with `config.redis_url`, anyone in this process: the others
+        are not waited for. Raises TypeError or ValueError for what cannot be sent, before anything
+        is sent.
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
-        without, among = [{given} if isinstance(given, ChannelClient) else set(given or ())
-                          for given in (exclude, only)]
+        without, among = _ids(exclude), None if only is None else _ids(only)
         there = False
         for name, push in pushes:
-            for client in list(self._subscribers.get(name) or ()):
-                if client not in without and (only is None or client in among):
-                    there = client._push(push) or there
+            there = self._send(name, push, without, among) or there
+            if self._bus:
+                self._bus.publish(name, self._name + pack_push(push, without, among))
         return there
+
+    def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
+        there = False
+        for client in list(self._subscribers.get(channel) or ()):
+            if client.id not in without and (among is None or client.id in among):
+                there = client._push(push) or there
+        return there
+
+    def _deliver(self, channel: str, data: bytes) -> None:
+        """A broadcast came over the bus. From any thread, but without waiting: others may wait."""
+        with self._lock:
+            if self._loop and threading.get_ident() != self._thread:
+                self._loop.call_soon_threadsafe(self._deliver, channel, data)
+                return
+        if not data.startswith(self._name):  # else it is our own
+            try:
+                self._send(channel, *unpack_push(self.config, data[len(self._name):]))
+            except (TypeError, ValueError) as error:
+                logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
     @_on_loop
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
@@ -1549,6 +1776,8 @@ class WebChannels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
             client.channels.add(channel)
+            if channel not in self._subscribers and self._bus:
+                self._bus.listen(channel, True)
             self._subscribers.setdefault(channel, {})[client] = None
         return client.connected
 
@@ -1563,8 +1792,8 @@ class WebChannels:
     def _drop(self, client: ChannelClient, channel: str) -> None:
         subscribers = self._subscribers.get(channel, {})
         subscribers.pop(client, None)
-        if not subscribers:
-            self._subscribers.pop(channel, None)
+        if not subscribers and self._subscribers.pop(channel, None) is not None and self._bus:
+            self._bus.listen(channel, False)
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
@@ -1800,6 +2029,7 @@ class WebChannels:
         try:
             self._stop = asyncio.Event()
             self._open.add(self.config.default_channel)
+            await self._start_bus()
             server = await self._listen(*where)
             sweep = asyncio.ensure_future(self._sweep())
             try:
@@ -1815,12 +2045,25 @@ class WebChannels:
                 finally:
                     sweep.cancel()
         finally:
-            with self._lock:
-                self._loop = None
-                while self._calls:  # other threads wait for them
-                    self._run_calls()
-                self._reset()
-            self._done.set()
+            try:
+                if self._bus:
+                    await self._bus.stop()
+            finally:
+                with self._lock:
+                    self._loop = None
+                    while self._calls:  # other threads wait for them
+                        self._run_calls()
+                    self._reset()
+                self._done.set()
+
+    async def _start_bus(self) -> None:
+        bus, url = self.config.bus, self.config.redis_url
+        if url and not bus:
+            bus = RedisBus(url, 8 * self.config.max_send_buffer)
+        if bus:
+            bus.deliver = self._deliver
+            await bus.start()
+            self._bus = bus
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
@@ -1953,6 +2196,8 @@ class WebChannels:
         """
         ends: list[Any] = [*(connection.transport for connection in self._http),
                            *(client._transport for client in self._sockets)]
+        if isinstance(self._bus, RedisBus):
+            ends += [writer.transport for writer in [self._bus._writer] if writer]
         with open(os.devnull) as null:
             for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
                 if each.fileno() >= 0:
@@ -1979,6 +2224,11 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
     if not match or scheme not in ("http", "https"):
         return None
     return scheme, match[1], int(match[2] or (443 if scheme == "https" else 80))
+
+
+def _ids(given: Clients) -> set[str]:
+    some = [given] if isinstance(given, (ChannelClient, str)) else given or ()
+    return {each if isinstance(each, str) else each.id for each in some}
 
 
 def _interactive() -> bool:
