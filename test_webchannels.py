@@ -3892,7 +3892,8 @@ class ReadmeTest(BrowserTest):
         (self.folder / "app.py").write_text(
             TYPED_FIRST.format(self.ports["8000"]) + self.with_ports(source))
         program = Terminal(sys.executable, *options, "app.py", *arguments, cwd=self.folder,
-                           BROWSER="true", PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+                           BROWSER="true", PYTHONPATH=os.pathsep.join(
+                               [str(HERE), os.environ.get("PYTHONPATH", "")]))
         for _ in range(200):
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.connect(("127.0.0.1", self.ports[port]))
