@@ -14,6 +14,7 @@ import hashlib
 import html.parser
 import importlib.util
 import inspect
+import io
 import json
 import logging
 import os
@@ -35,7 +36,9 @@ import unittest
 import zlib
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
+from unittest import mock
 from urllib.parse import urlsplit
 
 import webchannels
@@ -631,13 +634,25 @@ class Terminal:
             if found:
                 self.output = self.output[found.end():]
                 return found
-            if not select.select([self.fd], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise AssertionError(f"no {pattern!r} after {timeout} s in {self.output!r}")
-            try:
-                data = os.read(self.fd, 65536)
-            except OSError:
-                raise AssertionError(f"ended without {pattern!r}: {self.output!r}") from None
-            self.output += data.decode(errors="replace").replace("\r\n", "\n")
+            if not self.read_on(deadline):
+                raise AssertionError(f"no {pattern!r} in {timeout} s or at all: {self.output!r}")
+
+    def read_on(self, deadline: float) -> bool:
+        """Add to the output; False at its end, and when it is late."""
+        if not select.select([self.fd], [], [], max(deadline - time.monotonic(), 0))[0]:
+            return False
+        data = b""
+        with contextlib.suppress(OSError):  # the end, as Linux tells it
+            data = os.read(self.fd, 65536)
+        self.output += data.decode(errors="replace").replace("\r\n", "\n")
+        return bool(data)
+
+    def end(self, timeout: float = 20) -> tuple[int, str]:
+        """Wait for the program's end: the exit status, and what it said that nobody expected."""
+        deadline = time.monotonic() + timeout
+        while self.read_on(deadline):
+            pass
+        return self.process.wait(max(deadline - time.monotonic(), 0.1)), self.output
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 20) -> int:
         """Send the signal; the exit status (negative: the signal that ended it)."""
@@ -651,6 +666,11 @@ def run_python(*arguments: str, cwd: Path = HERE, timeout: float = 60,
     return subprocess.run([sys.executable, *arguments], cwd=cwd, timeout=timeout, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True,
                           env={**os.environ, **environment})
+
+
+def setUpModule() -> None:
+    """A shell's background jobs ignore SIGINT, and so would every program that is started here."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ---- channels.js inside webchannels.py -----------------------------------------------------------
@@ -711,13 +731,36 @@ class RouterTest(unittest.TestCase):
             router.add(other, webchannels.Endpoint(lambda: "new", other))
             self.assertEqual(self.found(router, "/a" if path == "/a" else "/q/y")[0], "new")
 
+    def test_a_name_is_not_a_path(self) -> None:
+        router = webchannels.Router()
+        router.add("/:x", webchannels.Endpoint(lambda: "any", "/:x"))
+        self.assertEqual(self.found(router, "/:x"), ("any", ":x"))
+
+    def test_what_handlers_take(self) -> None:
+        given = {"payload": 1, "client": 2, "room": 3}
+        taken: list[tuple[Callable[..., Any], Any]] = [
+            (lambda: "nothing", "nothing"), (lambda payload, room: (payload, room), (1, 3)),
+            (lambda client, other=5: (client, other), (2, 5)), (lambda *rest: rest, ()),
+            (lambda room, **more: (room, more), (3, {"payload": 1, "client": 2})),
+            (functools.partial(lambda room, client: (room, client), client=9), (3, 2))]
+        for handler, expected in taken:
+            for threaded in (False, True):
+                endpoint = webchannels.Endpoint(handler, "/:room", threaded, {"payload", "client"})
+                self.assertEqual(endpoint(given), expected)
+                self.assertEqual(endpoint.threaded, threaded)
+        self.assertFalse(webchannels.Endpoint(self.found).threaded)
+        self.assertEqual(webchannels.Endpoint(self.found).name, "RouterTest.found")
+        nameless = functools.partial(print)
+        self.assertEqual(webchannels.Endpoint(nameless).name, repr(nameless))
+
     def test_bad_registrations(self) -> None:
         app = WebChannels()
         for path in ("a", "", "/:", "/:1", "/:n::complex", "/:n/:n", "/:n::"[:-1]):
             for register in (app.route, app.channel):
-                with self.subTest(path), self.assertRaises(ValueError):
+                with self.subTest(path), self.assertRaisesRegex(ValueError, re.escape(
+                        repr(path if path[:1] != "/" or path.count("/") > 1 else path[1:]))):
                     register(path, lambda: None)
-        with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for.*payload"):
+        with self.assertRaisesRegex(TypeError, "asks for 'nobody'.*can ask for channel, client, "):
             app.channel("/____/x", lambda nobody: None)
         with self.assertRaisesRegex(TypeError, "not a callable"):
             app.route("/", 5)  # type: ignore[arg-type]
@@ -728,6 +771,9 @@ class RouterTest(unittest.TestCase):
             app.route("/", handler, threaded=True)
         with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
             app.on_connect(lambda payload: None)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
+                register("/____/x", lambda payload, /: None)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
         for name in ("", "/a", "a/", "/"):
             with self.assertRaises(ValueError):
@@ -763,6 +809,8 @@ def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: bool = False)
         found += reader.receive(chunk)
         while reader.more:
             found += reader.receive(b"")
+    for kind, data in found:  # what the Close frame says
+        assert kind != webchannels.FAIL or 0 < len(data.reason.encode()) <= 123, data
     return [(kind, data.code if kind == webchannels.FAIL else data) for kind, data in found]
 
 
@@ -783,9 +831,81 @@ class FrameReaderTest(unittest.TestCase):
             for parts in ([frame(opcode, b"x" * (limit + 1))],
                           [frame(opcode, b"x" * limit, fin=False) + frame(CONTINUATION, b"x")]):
                 self.assertEqual(events(parts, limit), [(webchannels.FAIL, 1009)])
+            parts = [frame(opcode, b"x" * 30000, fin=False), frame(CONTINUATION, b"x" * 30000,
+                                                                  fin=False)]
+            self.assertEqual(events([*parts, frame(CONTINUATION, b"x" * 10001)], limit),
+                             [(webchannels.FAIL, 1009)])
+        # The limit is that of each message.
+        self.assertEqual(events([frame(TEXT, b"12345") * 3], 5), [(TEXT, "12345")] * 3)
         # Refused by the header alone, before the payload.
         self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
-        self.assertEqual(events([frame(TEXT, b"123456")], 5), [(-1, 1009)])
+        for size in (6, 200):
+            self.assertEqual(events([frame(TEXT, b"x" * size)], size - 1), [(-1, 1009)])
+
+    def test_what_a_reader_tells_about_itself(self) -> None:
+        reader = webchannels.FrameReader(1 << 20)
+
+        def state() -> tuple[int, bool, bool]:
+            return reader.frames, bool(reader.unfinished), reader.more
+
+        self.assertEqual((reader.frames, reader.unfinished, reader.more), (0, 0, False))
+        for data, frames, unfinished in (
+                (b"", 0, False), (frame(TEXT, b"a") * 2, 2, False), (frame(PING)[:3], 2, True),
+                (frame(PING)[3:], 3, False), (frame(BINARY, bytes(300), fin=False)[:9], 4, True),
+                (bytes(298), 4, True), (b"x", 4, False), (frame(CONTINUATION) * 2, 5, False)):
+            reader.receive(data)
+            self.assertEqual(state(), (frames, unfinished, False), data)
+        reader = webchannels.FrameReader(1 << 20)
+        for data, frames, unfinished in (
+                (frame(BINARY, bytes(70_000))[:5], 0, True), (frame(BINARY, bytes(70_000))[5:], 1,
+                False), (b"\x82\xff", 1, True), (b"\xff" * 8, 1, False), (frame(TEXT), 1, False)):
+            reader.receive(data)
+            self.assertEqual(state(), (frames, unfinished, False), data[:99])
+        # Without an agreement nothing is inflated.
+        reader = webchannels.FrameReader(1 << 20)
+        self.assertEqual([kind for kind, _ in reader.receive(frame(TEXT, packed(b"a"), rsv=4))],
+                         [webchannels.FAIL])
+        reader = webchannels.FrameReader(1 << 20, True)
+        self.assertEqual(reader.receive(frame(TEXT, packed(b"a"), rsv=4)), [(TEXT, "a")])
+        self.assertEqual(state(), (1, False, False))
+
+    def test_the_frames_of_a_chunk_come_a_thousand_at_a_time(self) -> None:
+        for each, event in ((frame(TEXT, b"a"), (TEXT, "a")), (frame(PING), (PING, b""))):
+            reader = webchannels.FrameReader(1 << 20)
+            found = [reader.receive(each * 4321 + each[:4])]
+            while reader.more:
+                found.append(reader.receive(b""))
+            self.assertEqual([len(part) for part in found], [1000] * 4 + [321])
+            self.assertEqual(sum(found, []), [event] * 4321)
+            self.assertEqual(reader.receive(each[4:]), [event])
+
+    def test_failures_that_are_told_apart(self) -> None:
+        reasons = set()
+        for stream in (frame(CONTINUATION), frame(TEXT, fin=False) + frame(TEXT), frame(3)):
+            [(kind, error)] = webchannels.FrameReader(9).receive(stream)
+            self.assertEqual((kind, error.code), (webchannels.FAIL, 1002))
+            reasons.add(error.reason)
+        self.assertEqual(len(reasons), 3)
+
+    def test_encoding_messages(self) -> None:
+        for opcode in (TEXT, BINARY):
+            for body, bits, threshold, deflated in (
+                    (b"", 15, 0, False), (b"a" * 99, 15, 99, True), (b"a" * 99, 15, 100, False),
+                    (b"a" * 99, 0, 0, False), (b"a" * 99, 9, 99, True), (b"abc", 15, 0, False),
+                    (bytes(range(64)) * 900, 9, 0, True), (b"a" * 200_000, 15, 0, True),
+                    (os.urandom(3000), 15, 0, False)):
+                encoded = webchannels.encode_message(opcode, body, bits, threshold)
+                self.assertEqual(encoded[0], (0xC0 if deflated else 0x80) | opcode)
+                size = encoded[1]
+                start = 2 if size < 126 else 4 if size == 126 else 10
+                self.assertEqual(len(encoded) - start,
+                                 int.from_bytes(encoded[2:start], "big") if start > 2 else size)
+                payload = encoded[start:]
+                if deflated:
+                    self.assertLess(len(payload), len(body))
+                    # A window that is larger than agreed on would be refused here.
+                    payload = zlib.decompressobj(-bits).decompress(payload + b"\0\0\xff\xff")
+                self.assertEqual(payload, body)
 
     SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {
         "fragments with control frames between": (
@@ -799,6 +919,11 @@ class FrameReaderTest(unittest.TestCase):
         "nothing behind a close": (
             frame(TEXT, b"a") + frame(CLOSE, b"\x03\xe8bye") + frame(TEXT, b"b") + b"\xff\xff",
             [(TEXT, "a"), (CLOSE, (1000, "bye"))]),
+        "more than 125 bytes": (
+            frame(BINARY, b"a" * 126, fin=False) + frame(CONTINUATION, b"a" * 130)
+            + frame(TEXT, HELLO.encode() * 9), [(BINARY, b"a" * 256), (TEXT, HELLO * 9)]),
+        "more than 125 bytes that are not UTF-8": (
+            frame(TEXT, b"a" * 150 + b"\xff"), [(-1, 1007)]),
         "a close without a code": (frame(CLOSE), [(CLOSE, (1005, ""))]),
         "messages before the error": (
             frame(TEXT, b"a") + frame(3) + frame(TEXT, b"b"), [(TEXT, "a"), (-1, 1002)]),
@@ -810,7 +935,17 @@ class FrameReaderTest(unittest.TestCase):
         "a binary one inside a message": (
             frame(TEXT, b"a", fin=False) + frame(BINARY, b"b"), [(-1, 1002)]),
         "a fragmented ping": (frame(PING, b"a", fin=False), [(-1, 1002)]),
+        "a fragmented close": (frame(CLOSE, fin=False), [(-1, 1002)]),
         "a long ping": (frame(PING, bytes(126)), [(-1, 1002)]),
+        "a long close": (frame(CLOSE, b"\x03\xe8" + bytes(124)), [(-1, 1002)]),
+        "the longest ping": (frame(PING, bytes(125)), [(PING, bytes(125))]),
+        "the longest close": (frame(CLOSE, b"\x03\xe8" + bytes(123)),
+                              [(CLOSE, (1000, "\0" * 123))]),
+        "a length in 16 bits behind a short frame": (
+            frame(TEXT, b"a") + frame(BINARY, bytes(300)), [(TEXT, "a"), (BINARY, bytes(300))]),
+        "the largest length that there is": (
+            frame(PING) + b"\x82\xff" + struct.pack("!Q", (1 << 63) - 1) + b"mask",
+            [(PING, b""), (-1, 1009)]),
         "a length that fits 7 bits in 16": (b"\x82\xfe\0\x7d", [(-1, 1002)]),
         "a length that fits 16 bits in 64": (b"\x82\xff" + struct.pack("!Q", 65535), [(-1, 1002)]),
         "a length with the top bit set": (b"\x82\xff" + struct.pack("!Q", 1 << 63), [(-1, 1002)]),
@@ -836,9 +971,11 @@ class FrameReaderTest(unittest.TestCase):
         "with two final blocks": (
             frame(TEXT, packed(b"abc", final=True)[:-1] + packed(b"def"), rsv=4),
             [(TEXT, "abcdef")]),
-        "a flood of final blocks": (frame(TEXT, b"\x03\x00" * 40, rsv=4), [(-1, 1007)]),
+        "with many": (frame(TEXT, b"\x03\x00" * 16 + b"\0", rsv=4), [(TEXT, "")]),
+        "with a flood of them": (frame(TEXT, b"\x03\x00" * 17 + b"\0", rsv=4), [(-1, 1007)]),
         "not deflate": (frame(TEXT, b"\xff\xff\xff", rsv=4), [(-1, 1007)]),
         "cut short": (frame(TEXT, packed(os.urandom(99))[:50], rsv=4), [(-1, 1007)]),
+        "cut short in a stored block": (frame(TEXT, b"\0\x40\0\xbf\xffabc", rsv=4), [(-1, 1007)]),
         "text in it that is not UTF-8": (frame(TEXT, packed(b"a\xff"), rsv=4), [(-1, 1007)]),
         "a surrogate in it": (frame(TEXT, packed(b"\xed\xa0\x80"), rsv=4), [(-1, 1007)]),
         "rsv1 on a continuation": (
@@ -921,6 +1058,34 @@ class FrameReaderTest(unittest.TestCase):
         tracemalloc.stop()
         self.assertLess(peak, 6 * limit)
 
+    def test_tiny_fragments_cost_no_more_than_twice_the_message(self) -> None:
+        reader = webchannels.FrameReader(1 << 20)
+        reader.receive(frame(TEXT, b"a", fin=False))
+        chunk = frame(CONTINUATION, "\u20ac".encode(), fin=False) * 1000
+        tracemalloc.start()
+        for _ in range(50):
+            self.assertEqual(reader.receive(chunk), [])
+        (_, peak), size = tracemalloc.get_traced_memory(), 50 * 1000 * 3
+        tracemalloc.stop()
+        self.assertLess(peak, 2 * size + 200_000)
+        self.assertEqual(reader.receive(frame(CONTINUATION)), [(TEXT, "a" + "\u20ac" * 50_000)])
+
+    def test_what_is_unfinished(self) -> None:
+        """By the size of a frame goes how long it may take, so it stays the same to the end."""
+        reader = webchannels.FrameReader(1 << 20)
+        stream = frame(TEXT, b"a") + frame(BINARY, bytes(50_000), fin=False)
+        sizes = []
+        for at in range(0, len(stream), 10_000):
+            reader.receive(stream[at:at + 10_000])
+            sizes.append(reader.unfinished)
+        self.assertEqual((sizes, reader.frames), ([50_000] * 5 + [0], 2))
+        reader.receive(frame(PING, b"ping")[:7])
+        self.assertEqual((reader.unfinished, reader.frames), (7, 2))
+        reader.receive(b"\0\0\0" + frame(CONTINUATION, b"abc")[:-1])
+        self.assertEqual((reader.unfinished, reader.frames), (3, 4))
+        reader.receive(b"a" + frame(CONTINUATION, length=1 << 21))
+        self.assertEqual(reader.unfinished, 0)
+
     def test_negotiation(self) -> None:
         answer = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
         for offer, expected in {
@@ -928,6 +1093,8 @@ class FrameReaderTest(unittest.TestCase):
                 "permessage-deflate; client_max_window_bits": (answer, 15),
                 "Permessage-Deflate;client_max_window_bits=10": (
                     answer + "; client_max_window_bits=10", 15),
+                "permessage-deflate; client_max_window_bits=8": (
+                    answer + "; client_max_window_bits=8", 15),
                 'permessage-deflate; server_max_window_bits="9"': (
                     answer + "; server_max_window_bits=9", 9),
                 "permessage-deflate; server_no_context_takeover; client_no_context_takeover": (
@@ -1005,8 +1172,19 @@ def quiet() -> Iterator[None]:
         logger.level = before
 
 
+@contextlib.contextmanager
+def no_logs(name: str) -> Iterator[None]:
+    """Fail if this logger is told of anything (unittest has it from Python 3.10 on)."""
+    test = unittest.TestCase()
+    with test.assertLogs(name, "INFO") as logs:
+        yield
+        logging.getLogger(name).info("none but this")
+    test.assertEqual(logs.output, [f"INFO:{name}:none but this"])
+
+
 class HttpTest(ServerTest):
     def configure(self, app: WebChannels) -> None:
+        self.times = 0
         app.config.max_header_size = 2000
         app.config.max_body_size = 1000
         app.route("/", lambda: "index")
@@ -1025,6 +1203,8 @@ class HttpTest(ServerTest):
         app.route("/thread", lambda: threading.current_thread().name, threaded=True)
         app.route("/async", self.asynchronous)
         app.route("/cookies", lambda request: request.cookies)
+        app.route("/much", self.much)
+        app.route("/later", self.later)
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
@@ -1038,6 +1218,13 @@ class HttpTest(ServerTest):
     async def asynchronous(self, request: Request) -> str:
         await asyncio.sleep(0)
         return f"{request.method} {request.headers['user-agent']} {self.app.params('q')}"
+
+    def much(self) -> bytes:
+        self.times += 1
+        return bytes(20_000_000)  # more than any buffer between
+
+    async def later(self) -> None:
+        asyncio.get_running_loop().call_soon(lambda: 1 / 0)
 
     def data(self, request: Request) -> dict[str, Any]:
         given = {key: value for key, value in self.app.params().items() if key != "request"}
@@ -1080,8 +1267,47 @@ class HttpTest(ServerTest):
                          b"GET me 7")
         self.assertEqual(request("GET", self.url + "/response").headers["x-a"], "1, 2")
         self.assertEqual(request("GET", self.url + "/error").headers["x-pot"], "tea")
-        self.assertEqual(request("GET", self.url + "/cookies", {"Cookie": "a=1; b=\"2\""}).body,
-                         b'{"a":"1","b":"2"}')
+        self.assertEqual(request("GET", self.url + "/cookies",
+                                 {"Cookie": "a=1; odd[]=x=y; b=\"2\"; nothing; ="}).body,
+                         b'{"a":"1","odd[]":"x=y","b":"2","nothing":""}')
+        with self.assertRaises(AttributeError):  # they were checked
+            Response().headers.append(("X", "a\r\nb"))  # type: ignore[attr-defined]
+
+    def test_headers_that_the_server_sets(self) -> None:
+        for name in ("connection", "Content-Length", "DATE", "Transfer-Encoding"):
+            with self.assertRaisesRegex(ValueError, "that the server sets"):
+                Response("", headers={name: "1"})
+
+    def test_past_max_clients_503_is_answered(self) -> None:
+        self.app.config.max_clients = 2
+        with Connection(self.url) as first, Connection(self.url) as second:
+            for each in (first, second):
+                each.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertEqual(each.response().status, 200)
+            reply = request("GET", self.url)
+            self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "5"))
+            second.close()
+            self.until(lambda: request("GET", self.url).status == 200)
+
+    def test_requests_wait_while_the_answers_before_them_are_not_read(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(b"GET /much HTTP/1.1\r\nHost: localhost\r\n\r\n" * 5)
+            for _ in range(20):  # meanwhile the server does its best
+                self.assertEqual(request("GET", self.url).status, 200)
+            self.assertEqual(self.times, 1)
+            for _ in range(5):
+                self.assertEqual(len(connection.response().body), 20_000_000)
+
+    def test_who_is_still_sending_can_read_why_it_is_refused(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\n"
+                                b"Content-Length: 20000000\r\n\r\n" + bytes(20_000_000))
+            self.assertEqual(connection.response().status, 413)
+
+    def test_what_fails_on_the_loop_beside_the_server_is_logged_as_ever(self) -> None:
+        with self.assertLogs("asyncio", "ERROR") as logs:
+            request("GET", self.url + "/later")
+        self.assertIn("ZeroDivisionError", logs.output[0])
 
     def test_a_failing_handler_is_logged_with_its_traceback(self) -> None:
         logging.getLogger("webchannels").level = logging.NOTSET
@@ -1236,6 +1462,7 @@ class HttpTest(ServerTest):
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcd\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabcXX0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n+3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n0x3\r\nabc\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\n\r\n 3\r\nabc\r\n0\r\n\r\n"),
@@ -1288,6 +1515,13 @@ class HttpTest(ServerTest):
                     return [*found, error.status]
             return found
 
+        self.assertEqual(read([b"GET / HTTP/1.1\nHost: a\n\n"]), [400])  # without waiting for more
+        for minor in (0, 1):  # RFC 9110, 10.1.1: HTTP/1.0 does not know 100
+            reader = webchannels.RequestReader(200, 50)
+            reader.receive(b"POST / HTTP/1.%d\r\nHost: a\r\nContent-Length: 3\r\n"
+                           b"Expect: 100-Continue\r\n\r\n" % minor)
+            self.assertIsNone(reader.next())
+            self.assertEqual(reader.expects_continue, bool(minor))
         for chunks in ([b"\r\n"], [b"\r", b"\n"]):  # an empty line is not a request begun
             reader = webchannels.RequestReader(200, 50)
             for chunk in chunks:
@@ -1317,6 +1551,8 @@ class TimeLimitsTest(ServerTest):
         app.route("/", lambda: "index")
         app.route("/", lambda request: str(len(request.body)), method="POST")
         app.channel("/____/slow", self.slow)
+        app.channel("/____/note", lambda: self.noted.set())
+        self.noted = threading.Event()
 
     async def slow(self) -> str:
         await asyncio.sleep(1)
@@ -1362,6 +1598,29 @@ class TimeLimitsTest(ServerTest):
                     connection.response()
                 self.assertEqual(connection.rest(), b"")
 
+    @unittest.skipUnless(os.path.isdir("/dev/fd"), "needs /dev/fd")
+    def test_answers_that_nobody_reads_are_given_up(self) -> None:
+        """Whether they stop the connection's requests, or remain when it is over."""
+        small = socket.create_server(("127.0.0.1", 0))
+        small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        app = WebChannels(Config(keep_alive_timeout=0.3))
+        app.route("/", lambda: bytes(8192))
+        ask = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        with small, serve(app, sock=small) as url:
+            for last, count in ((ask, 50), (ask + b"Connection: close\r\n", 5)):
+                with socket.socket() as sock:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    before = len(os.listdir("/dev/fd"))
+                    sock.connect((urlsplit(url).hostname, urlsplit(url).port))
+                    sock.sendall((ask + b"\r\n") * (count - 1) + last + b"\r\n")
+                    self.until(lambda: len(os.listdir("/dev/fd")) > before)  # noqa: B023
+                    self.until(lambda: len(os.listdir("/dev/fd")) == before)  # noqa: B023
+                    got = b""
+                    with contextlib.suppress(ConnectionError):
+                        while part := sock.recv(65536):
+                            got += part
+                    self.assertTrue(0 < len(got) < count * 8192, len(got))
+
     def test_a_silent_client_is_pinged_then_dropped(self) -> None:
         client = self.connect(auto_reply=False)
         for _ in range(3):
@@ -1392,6 +1651,16 @@ class TimeLimitsTest(ServerTest):
         client = self.connect(subprotocol="webchannels.v1")
         client.send_json({"channel": "____", "message": "slow", "ref": 1})
         self.assertEqual(client.recv_json(), {"ref": 1, "payload": "slept"})
+
+    def test_a_client_that_left_is_not_dropped_while_its_handler_runs(self) -> None:
+        client = self.connect()
+        with no_logs("webchannels"):
+            client.send_json({"channel": "____", "message": "slow"})
+            client.send_json({"channel": "____", "message": "note"})
+            client.send_frame(PING, b"there?")
+            self.assertEqual(client.recv(), (PONG, b"there?"))  # what was sent before is there, too
+            client.reset()
+            self.assertTrue(self.noted.wait(10))
 
     def test_those_that_left_are_forgotten(self) -> None:
         self.connect().close()
@@ -1790,19 +2059,28 @@ class MessagesTest(ServerTest):
         self.assertEqual(client.rest(), b"")
 
     def test_a_half_closed_peer_gets_all_that_is_queued(self) -> None:
+        self.app.config.max_send_buffer = 64 << 20
+        client = self.subscribed()
+        for _ in range(300):  # 30 MB: more than any buffer between
+            self.assertTrue(self.app.broadcast("____", "x" * 100_000))
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        for _ in range(300):
+            self.assertEqual(len(client.recv_json()["message"]), 100_000)
+        self.assertEqual(client.rest(), b"")
+
+    def test_a_half_closed_peer_gets_what_waited_for_it_to_read(self) -> None:
+        size = 30_000_000  # more than any buffer between
+        self.app.config.max_send_buffer = 64 << 20
+        self.app.channel("/____/much", lambda: bytes(size))
         client = self.connect()
-        message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 50_000})
-
-        def write() -> None:
-            for _ in range(100):
-                client.send_text(message)
-            client.sock.shutdown(socket.SHUT_WR)
-
-        writer = threading.Thread(target=write)
-        writer.start()
-        for _ in range(100):
-            self.assertEqual(len(client.recv_text()), 50_000)
-        writer.join()
+        client.send_json({"channel": "____", "message": "much"})
+        for number in range(3):
+            client.send_json({"channel": "____", "message": "echo", "payload": str(number)})
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        self.assertEqual(len(client.recv()[1]), size)
+        self.assertEqual([client.recv_text() for _ in range(3)], ["0", "1", "2"])
         self.assertEqual(client.rest(), b"")
 
     def test_what_arrived_before_a_reset_is_handled(self) -> None:
@@ -1857,6 +2135,37 @@ class MessagesTest(ServerTest):
         for code, reason in ((1005, ""), (1006, ""), (999, ""), (5000, ""), (1000, "x" * 124)):
             with self.assertRaises(ValueError):
                 there.close(code, reason)
+
+    def test_what_arrives_behind_the_servers_close_is_not_handled(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/kick", lambda client: client.close(4000))
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        client = self.connect()
+        client.send_raw(b"".join(
+            frame(TEXT, json.dumps({"channel": "____", "message": name, "payload": 1}).encode())
+            for name in ("note", "kick", "note")))
+        self.assertEqual(client.recv_close()[0], 4000)
+        self.assertEqual(client.rest(), b"")
+        self.assertEqual(handled, [1])
+
+    def test_writing_stops_at_a_reset(self) -> None:
+        """Or asyncio would warn: "socket.send() raised exception"."""
+        entered, release = threading.Event(), threading.Event()
+
+        def hold() -> None:  # the event loop, until the reset is there
+            entered.set()
+            release.wait(10)
+            for _ in range(20):
+                self.app.broadcast("____", "x")
+
+        self.app.route("/hold", hold)
+        client = self.subscribed()
+        with no_logs("asyncio"), Connection(self.url) as other:
+            other.send_raw(b"GET /hold HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
+            client.reset()
+            release.set()
+            self.assertEqual(other.response().status, 204)
 
     def test_messages_past_the_limits(self) -> None:
         self.app.config.max_message_size = 1000
@@ -2152,6 +2461,13 @@ class UpAndDownTest(unittest.TestCase):
                 other.up(port, block=False)
             other.up(0, block=False)
             other.down()
+            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: "):
+                other.up(0, "203.0.113.1", block=False)  # RFC 5737: nobody's
+
+    def test_a_system_that_cannot_share_a_port(self) -> None:
+        with mock.patch.object(webchannels, "socket", SimpleNamespace()):
+            with self.assertRaisesRegex(ValueError, "reuse_port"):
+                self.app().up(0, block=False, reuse_port=True)
 
     def test_ipv6_and_tls(self) -> None:
         with serve(self.app(), host="::1") as url:
@@ -2172,6 +2488,10 @@ class UpAndDownTest(unittest.TestCase):
                     self.assertEqual(client.recv_close()[0], 1002)
                 with self.assertRaises(Refused):
                     WebSocketClient(url, origin=url.replace("https", "http"))
+                with no_logs("asyncio"), Connection(url) as connection:
+                    connection.send_raw(b"nonsense\r\n\r\n")
+                    self.assertEqual(connection.response().status, 400)
+                    self.assertEqual(connection.rest(), b"")
 
     def test_a_socket_of_ones_own_and_reuse_port(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -2210,11 +2530,59 @@ class UpAndDownTest(unittest.TestCase):
         app = self.app()
         app.config.shutdown_timeout = 0.2
         url = app.up(0, block=False)
-        with WebSocketClient(url, auto_reply=False), WebSocketClient(url) as client:
+        entered = threading.Event()
+
+        async def sleep() -> None:
+            entered.set()
+            await asyncio.sleep(3600)
+
+        app.route("/sleep", sleep)
+        with WebSocketClient(url, auto_reply=False), WebSocketClient(url) as client, \
+                Connection(url) as http:
             client.send_json({"channel": "____", "message": "sleep", "payload": 3600})
+            http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
             begun = time.monotonic()
             app.down()
             self.assertLess(time.monotonic() - begun, 5)
+            self.assertEqual(http.rest(), b"")
+
+    def test_down_does_not_wait_for_a_handler_that_holds_the_loop(self) -> None:
+        app = self.app()
+        app.config.shutdown_timeout = -1.5  # to which `down()` adds 2
+        entered, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            entered.set()
+            release.wait(10)
+
+        app.route("/hold", hold)
+        with serve(app) as url, Connection(url) as connection:
+            connection.send_raw(b"GET /hold HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(entered.wait(10))
+            with self.assertLogs("webchannels", "WARNING") as logs:
+                app.down()
+            self.assertIn("holds the event loop", logs.output[0])
+            release.set()
+            app.down()
+
+    def test_calls_from_threads_while_it_starts_and_stops(self) -> None:
+        app, over = self.app(), threading.Event()
+
+        def call() -> None:
+            while not over.is_set():
+                app.broadcast("____", "x")
+
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            with serve(app):
+                pass
+        over.set()
+        for thread in threads:
+            thread.join(10)
+            self.assertFalse(thread.is_alive())
 
     def test_down_from_a_handler(self) -> None:
         for message in ("down", "down-thread"):
@@ -2254,6 +2622,33 @@ class UpAndDownTest(unittest.TestCase):
 
         self.assertEqual(asyncio.run(main()), b"page")
 
+    def test_up_blocks_also_in_another_thread_until_down(self) -> None:
+        app, said = self.app(), io.StringIO()
+        with contextlib.redirect_stdout(said):
+            thread = threading.Thread(target=app.up, args=(0,), kwargs={"block": True})
+            thread.start()
+            while thread.is_alive() and "Serving at" not in said.getvalue():
+                thread.join(0.01)
+        self.assertEqual(request("GET", app.url).body, b"page")
+        self.assertTrue(thread.is_alive())
+        app.down()
+        thread.join(10)
+        self.assertFalse(thread.is_alive())
+
+    def test_up_in_a_loop_that_runs_returns(self) -> None:
+        app = self.app()
+        guard = threading.Timer(10, app.down)  # or it would block for ever
+
+        async def main() -> bytes:
+            url = app.up(0)
+            loop = asyncio.get_running_loop()
+            return (await loop.run_in_executor(None, request, "GET", url)).body
+
+        guard.start()
+        self.addCleanup(guard.cancel)
+        self.addCleanup(app.down)
+        self.assertEqual(asyncio.run(main()), b"page")
+
     SCRIPT = """
 import sys, time, os
 from webchannels import *
@@ -2274,13 +2669,11 @@ def stuck():
     def test_a_script_blocks_until_a_signal(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             terminal = self.script("up(0)\nprint('after')")
-            url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+            url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) \(Ctrl\+C stops\)\n")[1]
             with WebSocketClient(url) as client:
                 terminal.process.send_signal(number)
                 self.assertEqual(client.recv_close(), (1001, "server going down"))
-                terminal.expect("after")
-            self.assertEqual(terminal.process.wait(10), 0)
-            self.assertNotIn("Traceback", terminal.output)
+            self.assertEqual(terminal.end(), (0, "after\n"))  # no traceback
 
     def test_ctrl_c_twice_ends_a_handler_that_never_does(self) -> None:
         terminal = self.script("up(0)\nprint('after')")
@@ -2294,14 +2687,21 @@ def stuck():
             terminal.expect("after")
             self.assertEqual(terminal.process.wait(10), 0)
 
+    def test_the_page_opens_in_a_browser(self) -> None:
+        terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",
+                            BROWSER="echo opened %s")
+        self.addCleanup(terminal.__exit__)
+        url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+        terminal.expect(f"opened {url}\n")
+        self.assertEqual(terminal.stop(signal.SIGTERM), 0)
+
     def test_the_interpreter_ends_while_serving(self) -> None:
         terminal = self.script("print(up(0, block=False)); sys.stdin.readline()")
         url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
         with WebSocketClient(url) as client:
             terminal.type("\n")
             self.assertEqual(client.recv_close(), (1001, "server going down"))
-        self.assertEqual(terminal.process.wait(10), 0)
-        self.assertNotIn("Traceback", terminal.output)
+        self.assertEqual(terminal.end(), (0, "\n"))  # the echo of what was typed, no traceback
 
     @unittest.skipUnless(hasattr(os, "fork"), "needs os.fork")
     def test_a_forked_child_lets_go_of_the_connections(self) -> None:
@@ -2340,17 +2740,36 @@ os.wait()
 
     def test_without_free_descriptors_accepting_pauses(self) -> None:
         terminal = self.script("""
-import resource
+import asyncio, resource
+@channel("/____/slow")
+async def slow():
+    await asyncio.sleep(1.5)
+config.shutdown_timeout = 5
 url = up(0, block=False)
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print(url)
 sys.stdin.readline()
+down()
+print("down")
 """)
         url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        client = WebSocketClient(url)
+        self.addCleanup(client.close)
+        for _ in range(2):
+            opened = [Connection(url) for _ in range(60)]
+            for connection in opened:
+                connection.close()
+            self.assertEqual(request("GET", url).body, b"page")
+        terminal.expect("Too many open files: accepting pauses\n")
         opened = [Connection(url) for _ in range(60)]
+        # It goes down while accepting pauses; and that has an end, for which the handler waits.
+        client.send_json({"channel": "____", "message": "slow"})
+        terminal.type("\n")
+        said = terminal.expect("(?s)(.*)down\n")[1]
+        self.assertEqual(said.strip(), "")  # the log told it once, and no traceback
+        self.assertEqual(terminal.end(), (0, ""))
         for connection in opened:
             connection.close()
-        self.assertEqual(request("GET", url).body, b"page")
 
     def test_params_outside_a_handler(self) -> None:
         with self.assertRaisesRegex(RuntimeError, "only in a handler"):
@@ -2365,6 +2784,79 @@ sys.stdin.readline()
             for name, value in vars(kind).items():
                 if not name.startswith("_") and callable(value):
                     self.assertTrue(inspect.getdoc(value), f"{kind.__name__}.{name}")
+
+
+class DemoTest(unittest.TestCase):
+    """`python3 webchannels.py`."""
+
+    def test_chat_and_wave(self) -> None:
+        with Terminal(sys.executable, "webchannels.py", "--port", "0") as demo:
+            url = demo.expect(r"Serving at (http://127\.0\.0\.1:\d+) ")[1]
+            reply = request("GET", url)
+            nonce = re.search("script-src 'nonce-([^']+)'",
+                              reply.headers["content-security-policy"])
+            assert nonce
+            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 4)
+            with WebSocketClient(url, subprotocol="webchannels.v1") as one, \
+                    WebSocketClient(url, subprotocol="webchannels.v1") as two:
+                def ask(client: WebSocketClient, channel: str, message: str,
+                        payload: Any = None) -> Any:
+                    """The reply; the pushes before it are skipped."""
+                    client.send_json({"channel": channel, "message": message, "payload": payload,
+                                      "ref": 1})
+                    reply = client.recv_json()
+                    while "ref" not in reply:
+                        reply = client.recv_json()
+                    return reply.get("payload", reply.get("error"))
+
+                def push(client: WebSocketClient, message: str) -> Any:
+                    """The payload of the next push of this name."""
+                    while True:
+                        found = client.recv_json()
+                        if found.get("message") == message:
+                            return found["payload"]
+
+                self.assertEqual(ask(one, "____", "echo", {"a": 1}), {"a": 1})
+                self.assertEqual(ask(one, "chat", "subscribe"), "Subscription: OK")
+                first = ask(one, "chat", "name", " Ada  L. ")
+                self.assertEqual((first["name"], first["said"]), ("Ada L.", []))
+                self.assertEqual(push(one, "note"), "Ada L. joined")
+                self.assertEqual(push(one, "people"), [[first["id"], "Ada L."]])
+                self.assertIsNone(ask(one, "chat", "say", "Hi"))
+                said = {"id": first["id"], "name": "Ada L.", "text": "Hi"}
+                for bad in ("", " ", "x" * 501, 5, None):
+                    self.assertEqual(ask(one, "chat", "say", bad), "Type 1 to 500 characters")
+                WebSocketClient(url).close()  # it has no name, so nobody is told
+                self.assertEqual(ask(two, "chat", "subscribe"), "Subscription: OK")
+                second = ask(two, "chat", "name")
+                self.assertEqual(second["said"], [said])
+                self.assertEqual(push(one, "note"), f"{second['name']} joined")
+                self.assertEqual(ask(two, "chat", "name", "Bob")["name"], "Bob")
+                self.assertEqual(push(one, "note"), f"{second['name']} is now Bob")
+                self.assertIsNone(ask(two, "chat", "say", "Hello"))
+                self.assertEqual(push(one, "said"),
+                                 {"id": second["id"], "name": "Bob", "text": "Hello"})
+                two.close()
+                self.assertEqual(push(one, "note"), "Bob left")
+                self.assertEqual(push(one, "people"), [[first["id"], "Ada L."]])
+                for _ in range(2):
+                    ask(one, "wave", "subscribe")
+                    self.assertTrue(all(-1 < push(one, "tick") < 1 for _ in range(3)))
+                    self.assertEqual(ask(one, "wave", "unsubscribe"), "Unsubscription: OK")
+                    time.sleep(0.2)  # nobody looks: the task ends, and the next one starts another
+            demo.type("\x03")
+            self.assertEqual(demo.end(), (0, "(Ctrl+C stops)\n^C"))  # and no traceback
+
+    def test_the_command_line(self) -> None:
+        version = run_python("webchannels.py", "--version")
+        self.assertEqual(version.stdout, f"webchannels {webchannels.__version__}\n")
+        with socket.create_server(("127.0.0.1", 0)) as sock:
+            port = sock.getsockname()[1]
+            for taken, said in ((port, f"webchannels: port {port} on 127.0.0.1 is taken.*"),
+                                (99999, "webchannels: .*port must be 0-65535.*")):
+                done = run_python("webchannels.py", "--port", str(taken))
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(done.stderr, f"^{said}\n$")
 
 
 # ---- Several processes, over Redis ---------------------------------------------------------------
@@ -3400,7 +3892,8 @@ class ReadmeTest(BrowserTest):
         (self.folder / "app.py").write_text(
             TYPED_FIRST.format(self.ports["8000"]) + self.with_ports(source))
         program = Terminal(sys.executable, *options, "app.py", *arguments, cwd=self.folder,
-                           BROWSER="true", PYTHONPATH=f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+                           BROWSER="true", PYTHONPATH=os.pathsep.join(
+                               [str(HERE), os.environ.get("PYTHONPATH", "")]))
         for _ in range(200):
             with contextlib.suppress(OSError), socket.socket() as probe:
                 probe.connect(("127.0.0.1", self.ports[port]))

@@ -136,10 +136,7 @@ class Endpoint:
 
     def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
                  supplied: Iterable[str] | None = None) -> None:
-        """`supplied` are the names that a call will have; None: that is not known yet.
-
-        Raises TypeError for a handler that cannot be called with these, ValueError for a path.
-        """
+        """`supplied` are the names that a call will have; None: not known. Raises as `route()`."""
         self.handler, self.threaded = handler, threaded
         self.name: str = getattr(handler, "__qualname__", repr(handler))
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
@@ -147,9 +144,9 @@ class Endpoint:
             raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
         if threaded and inspect.iscoroutinefunction(handler):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
-        every = inspect.signature(handler).parameters.values()
-        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in every)
-        named = [each for each in every if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+        parameters = inspect.signature(handler).parameters.values()
+        self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
+        named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
         self.takes = [each.name for each in named]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
@@ -160,9 +157,9 @@ class Endpoint:
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
-        if self.takes_any:
-            return self.handler(**given)
-        return self.handler(**{name: given[name] for name in self.takes if name in given})
+        if not self.takes_any:
+            given = {name: given[name] for name in self.takes if name in given}
+        return self.handler(**given)
 
 
 Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
@@ -196,14 +193,20 @@ class Router:
         """
         if path in self._static:
             return self._static[path]
-        ways: list[Found] = [(self._tree, ())]  # the nodes reached and the values, best first
-        for segment in path.split("/")[1:]:
-            if decode and "%" in path:  # by segments: %2F must not become a separator
-                segment = urllib.parse.unquote(segment, errors="strict")
-            ways = [(node[key], values if key is segment else (*values, key(segment)))
-                    for node, values in ways for key in (segment, *_SEGMENTS) if key in node
-                    and (key is segment or _SEGMENTS[key].fullmatch(segment))]
-        return next(((node[None], values) for node, values in ways if None in node), None)
+        segments = path.split("/")[1:]
+        if decode and "%" in path:  # by segments: %2F must not become a separator
+            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        return self._walk(self._tree, segments, 0, ())
+
+    def _walk(self, node: Any, segments: list[str], at: int, values: Any) -> Found | None:
+        if at == len(segments):
+            return (node[None], values) if None in node else None
+        segment = segments[at]
+        found = self._walk(node[segment], segments, at + 1, values) if segment in node else None
+        for kind, pattern in _SEGMENTS.items():
+            if found is None and kind in node and pattern.fullmatch(segment):
+                found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
+        return found
 
 
 # --------------------------------------------------------------------------------------- http
@@ -248,7 +251,7 @@ class Request:
         match = _HEAD.fullmatch(head)
         if not match:
             raise HTTPError(400, "Bad request line or header field")
-        self.method, target, major, minor, fields = match.groups()
+        self.method, self.target, major, minor, fields = match.groups()
         if major != "1":
             raise HTTPError(505)
         self.body, self.address, self.http_1_0 = b"", "", minor == "0"
@@ -258,19 +261,18 @@ class Request:
             name, value = name.lower(), value.strip(" \t")
             self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
         hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
-        if target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host is the one
-            self.headers["host"], slash, rest = target.partition("://")[2].partition("/")
+        if self.target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host counts
+            self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
             hosts.append(self.headers["host"])
-            target = slash + rest or "/"
+            self.target = slash + rest or "/"
         elif self.method == "CONNECT":
             raise HTTPError(501)
-        elif not target.startswith("/") and (self.method, target) != ("OPTIONS", "*"):
+        elif self.target[0] != "/" and (self.method, self.target) != ("OPTIONS", "*"):
             raise HTTPError(400, "Bad request target")
         # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
         if not all(map(_HOST.fullmatch, hosts)):
             raise HTTPError(400, "One valid Host is needed")
-        self.target = target
-        self.path, _, self.query = target.partition("?")
+        self.path, _, self.query = str(self.target).partition("?")
 
     def __repr__(self) -> str:
         return f"<Request {self.method} {self.target} from {self.address}>"
@@ -371,7 +373,7 @@ class RequestReader:
     def _read(self) -> Iterator[Request | None]:
         while True:
             self.begun = False
-            while self.buffer[:2] in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
+            while bytes(self.buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
                 if len(self.buffer) < 2:
                     yield None
                 else:
@@ -382,11 +384,11 @@ class RequestReader:
             size = _body_size(request)
             if size > self._max_body_size:
                 raise HTTPError(413)
-            self.expects_continue = (size != 0 and not request.http_1_0
-                                     and request.headers.get("expect", "").lower() == "100-continue")
             if size:
+                expect = request.headers.get("expect", "").lower()
+                self.expects_continue = expect == "100-continue" and not request.http_1_0
                 request.body = yield from self._chunks() if size < 0 else self._take(size)
-            self.expects_continue = False
+                self.expects_continue = False
             yield request
 
     def _until(self, end: bytes, limit: int, status: int) -> Any:
@@ -453,18 +455,18 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes: RF
 FAIL = -1  # the event of a broken rule; no opcode
 SUBPROTOCOL = "webchannels.v1"
 _KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
-_PARAMETER = re.compile(rf"\s*({_TOKEN.pattern})\s*(?:=\s*(?:({_TOKEN.pattern})|\"(.*)\")\s*)?")
+# A parameter of permessage-deflate, and its value without quotes (RFC 7692, 7.1).
+_PARAMETER = re.compile(r"\s*((?:server|client)_(?:no_context_takeover|max_window_bits))"
+                        r"(?:(?<=bits)\s*=\s*(\"?)([89]|1[0-5])\2)?\s*")
 # What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
 # as such, the message ended in the middle of a block.
 _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
-_MAX_FINAL_BLOCKS = 16  # in one message; a flood of them would take long
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
+_from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
-# (TEXT, str), (BINARY, bytes), (PING, bytes), (PONG, bytes), (CLOSE, (code, reason)) or
-# (FAIL, ProtocolError). A plain tuple, since there is one for each message.
-Event = tuple[int, Any]
-# How a client wants its messages: does it speak webchannels.v1, and with which window bits are
-# they deflated (0: they are not)?
+# (TEXT, str), (BINARY, PING or PONG, bytes), (CLOSE, (code, reason)) or (FAIL, ProtocolError).
+Event = tuple[int, Any]  # a plain tuple, since there is one for each message
+# Whether the client speaks webchannels.v1, and the window bits of what it is sent (0: plain).
 Dialect = tuple[bool, int]
 
 
@@ -477,10 +479,7 @@ class ProtocolError(Exception):
 
 
 def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
-    """The answer to an opening handshake (RFC 6455, 4.2), and what was agreed on.
-
-    Raises HTTPError 400, 405 or 426.
-    """
+    """The head of a 101 and what it agrees on (RFC 6455, 4.2), or HTTPError 400, 405 or 426."""
     headers = request.headers
     if request.method != "GET":
         raise HTTPError(405, headers={"Allow": "GET"})
@@ -489,24 +488,17 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
     if headers.get("sec-websocket-version") != "13":
         raise HTTPError(426, headers={"Sec-WebSocket-Version": "13", "Upgrade": "websocket"})
     key = headers.get("sec-websocket-key", "")
-    try:
-        valid = len(key) == 24 and len(base64.b64decode(key, validate=True)) == 16
-    except ValueError:
-        valid = False
-    if not valid:
+    if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         raise HTTPError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
     accept = base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
-    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
-             f"Sec-WebSocket-Accept: {accept}"]
     offered = headers.get("sec-websocket-protocol", "").split(",")
     v1 = SUBPROTOCOL in map(str.strip, offered)  # compared as it stands: case matters
-    if v1:
-        lines.append(f"Sec-WebSocket-Protocol: {SUBPROTOCOL}")
     offers = headers.get("sec-websocket-extensions", "") if compression else ""
     agreed, bits = negotiate_deflate(offers)
-    if agreed:
-        lines.append(f"Sec-WebSocket-Extensions: {agreed}")
-    return "\r\n".join([*lines, "", ""]).encode(), (v1, bits)
+    fields = {"Accept": accept, "Protocol": SUBPROTOCOL if v1 else "", "Extensions": agreed}
+    lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
+             *(f"Sec-WebSocket-{k}: {v}" for k, v in fields.items() if v), "", ""]
+    return "\r\n".join(lines).encode(), (v1, bits)
 
 
 def negotiate_deflate(header: str) -> tuple[str, int]:
@@ -518,22 +510,12 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
     """
     for offer in header.split(","):
         name, *parts = offer.split(";")
-        matches = [_PARAMETER.fullmatch(part) for part in parts]
-        found = {match[1]: match[2] if match[3] is None else match[3] for match in matches if match}
-        if name.strip().lower() != "permessage-deflate" or len(found) != len(parts):
-            continue
-        agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
-        for key, value in found.items():
-            bits = re.fullmatch("9|1[0-5]", value or "")
-            if (key == "server_max_window_bits" and bits
-                    or key == "client_max_window_bits" and (bits or value == "8")):
-                agreed += f"; {key}={value}"
-            elif value is not None or key not in (
-                    "server_no_context_takeover", "client_no_context_takeover",
-                    "client_max_window_bits"):
-                break
-        else:
-            return agreed, int(found.get("server_max_window_bits", 15))
+        found = {match[1]: match[3] for match in map(_PARAMETER.fullmatch, parts) if match}
+        bits = found.get("server_max_window_bits", "15")
+        if (name.strip().lower() == "permessage-deflate" and len(found) == len(parts)
+                and bits not in (None, "8")):
+            agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
+            return agreed + "".join(f"; {k}={v}" for k, v in found.items() if v), int(bits)
     return "", 0
 
 
@@ -541,11 +523,11 @@ def unmask(data: bytes, mask: bytes) -> bytes:
     """Undo (or do) the masking of RFC 6455, 5.3."""
     size = len(data)
     if size <= _BLOCK:
-        key = int.from_bytes((mask * ((size + 3) >> 2))[:size], "little")
-        return (int.from_bytes(data, "little") ^ key).to_bytes(size, "little")
-    key = int.from_bytes(mask * (_BLOCK // 4), "little")
+        key = _from_bytes((mask * (size // 4 + 1))[:size], "little")
+        return (_from_bytes(data, "little") ^ key).to_bytes(size, "little")
+    key = _from_bytes(mask * (_BLOCK // 4), "little")
     end = size - size % _BLOCK
-    blocks = [(int.from_bytes(data[at:at + _BLOCK], "little") ^ key).to_bytes(_BLOCK, "little")
+    blocks = [(_from_bytes(data[at:at + _BLOCK], "little") ^ key).to_bytes(_BLOCK, "little")
               for at in range(0, end, _BLOCK)]
     return b"".join(blocks) + unmask(data[end:], mask)
 
@@ -557,202 +539,162 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_compressed", "_decoder", "_done", "_final", "_final_blocks", "_head", "_inflate",
-                 "_inflater", "_joined", "_left", "_mask", "_max", "_opcode", "_parts", "_size",
+    __slots__ = ("_done", "_final", "_head", "_inflate", "_left", "_mask", "_max", "_message",
                  "frames", "more", "unfinished")
 
     def __init__(self, max_message_size: int, inflate: bool = False) -> None:
         """`inflate`: was permessage-deflate agreed on?"""
         self._max, self._inflate = max_message_size, inflate
         self.frames = 0  # how many were begun
-        self._left = 0  # how much is to come of a data frame's payload
-        self._mask = b""
-        self._final = False
-        self._reset()
-        self._end(done=False)
-
-    def _end(self, done: bool) -> None:
-        self._done = done
-        self._head = b""  # of a frame whose header, or control frame that, has not fully arrived
         self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
-
-    def _reset(self) -> None:
-        self._opcode = self._size = 0  # of the message that has not fully arrived; 0: there is none
-        self._compressed = False
-        self._parts: list[Any] = []
-        self._joined = 0  # how many of them stand for a thousand
-        self._decoder: codecs.IncrementalDecoder | None = None
-        self._inflater: Any = None
-        self._final_blocks = 0
+        self._done = False
+        self._head = b""  # what waits: part of a header, part of a control frame, or `more`
+        self._left = 0  # how much is to come of a data frame's payload
+        self._message: _Message | None = None  # the one that has not fully arrived
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
         events: list[Event] = []
         try:
             if not self._done:
-                self._receive(data, events)
+                self._receive(self._head + data, events)
         except ProtocolError as error:
             events.append((FAIL, error))
+        except (UnicodeDecodeError, zlib.error) as error:
+            events.append((FAIL, ProtocolError(1007, str(error))))
         if events and events[-1][0] in (FAIL, CLOSE):
-            self._end(done=True)
-            self._reset()
+            self._done, self._head, self._message, self.unfinished = True, b"", None, 0
         return events
 
     def _receive(self, data: bytes, events: list[Event]) -> None:
-        at = 0
-        if self._left:
-            at = self._payload(data, 0, events)
-        elif self._head:
-            data = self._head + data
-            self._head = b""
+        at, end = 0, len(data)
         self.more = False
-        self.unfinished = self._left
-        end = len(data)
-        last = self.frames + 1000
-        while end - at >= 2 and not self.more:
-            if self.frames == last:  # of tiny frames a chunk holds tens of thousands
-                self.more = True
+        if self._message and self._left:
+            at = self._payload(self._message, data, 0, events)
+        for _ in range(1000):  # of tiny frames a chunk holds tens of thousands
+            if end - at < 2 or self.more:
                 break
-            first = data[at]
+            size = data[at + 1] - 128
             start = at + 6
-            stop = start + data[at + 1] - 128
             # The common frame: a short text message, masked and in one piece.
-            if first == 0x81 and 6 <= stop - at < 132 and stop <= end and not self._opcode:
-                self._check_size(stop - start)
+            if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
+                    and start + size <= end and not self._message):
                 self.frames += 1
-                try:
-                    text = str(unmask(data[start:stop], data[start - 4:start]), "utf-8")
-                except UnicodeDecodeError:
-                    raise ProtocolError(1007, "text is not UTF-8") from None
-                events.append((TEXT, text))
-                at = stop
-                continue
-            self._check(first, data[at + 1])
-            length = data[at + 1] & 127
-            if length > 125:
-                size = 2 if length == 126 else 8
-                start += size
-                length = int.from_bytes(data[at + 2:at + 2 + size], "big")
-                least, most = (126, 65535) if size == 2 else (65536, (1 << 63) - 1)
-                if end - at >= 2 + size and not least <= length <= most:
-                    raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
-            if start > end or first & 8 and start + length > end:
-                break
-            self.frames += 1
-            self._mask = data[start - 4:start]
-            if first & 8:
-                at = start + length
-                payload = unmask(data[start:at], self._mask)
-                if first & 15 == CLOSE:
-                    events.append((CLOSE, _parse_close(payload)))
-                    return
-                events.append((first & 15, payload))
+                at = start + size
+                events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
             else:
-                if first & 15:
-                    self._opcode, self._compressed = first & 15, bool(first & 0x40)
-                if not self._compressed:
-                    self._check_size(length)
-                self._final = bool(first & 0x80)
-                self._left = self.unfinished = length
-                at = self._payload(data, start, events)
+                stop = self._frame(data, at, events)
+                if stop == at:
+                    break
+                at = stop
+        else:
+            self.more = True
         self.more = self.more and at < end
-        if at < end:
-            self._head = data[at:]
+        self._head = data[at:]
+        if not self._left:
             self.unfinished = len(self._head)
 
-    def _check(self, first: int, second: int) -> None:
-        """The rules for a frame's first two bytes (RFC 6455, 5.1 to 5.5; RFC 7692, 6)."""
-        opcode = first & 15
-        if not second & 128:
+    def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
+        """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
+        first, length = data[at], data[at + 1] & 127
+        opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
+        message = self._message
+        if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
-        if first & 0x70 and not (first & 0x70 == 0x40 and self._inflate and opcode in (1, 2)):
+        if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
             raise ProtocolError(1002, "reserved bit set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, "reserved opcode")
-        if opcode >= CLOSE:
-            if not first & 128 or second & 127 > 125:
-                raise ProtocolError(1002, "control frame fragmented or too long")
-        elif bool(opcode) == bool(self._opcode):
+        if opcode >= CLOSE and (not final or length > 125):
+            raise ProtocolError(1002, "control frame fragmented or too long")
+        if opcode < CLOSE and bool(opcode) == bool(message):
             raise ProtocolError(1002, "message inside another" if opcode else "nothing to continue")
+        start = at + 6
+        if length > 125:
+            least, size = (126, 2) if length == 126 else (65536, 8)
+            start += size
+            length = int.from_bytes(data[at + 2:at + 2 + size], "big")
+            if start - 4 <= len(data) and (length < least or length >> 63):
+                raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
+        stop = start + length
+        if (start if opcode < CLOSE else stop) > len(data):
+            return at  # too little; it is looked at again when there is more
+        self.frames += 1
+        self._mask = data[start - 4:start]
+        if opcode < CLOSE and not (message.inflater if message else compressed):
+            if length + (message.size if message else 0) > self._max:
+                raise ProtocolError(1009, "message too long")
+        if opcode and final and not compressed and stop <= len(data):  # all in one piece
+            payload = unmask(data[start:stop], self._mask)
+            if opcode == CLOSE:
+                code = int.from_bytes(payload[:2], "big") if payload else 1005  # none: 7.1.5
+                if payload and not is_wire_close_code(code):
+                    raise ProtocolError(1002, "bad close code")
+                events.append((CLOSE, (code, payload[2:].decode())))
+                return len(data)
+            events.append((opcode, payload.decode() if opcode == TEXT else payload))
+            return stop
+        self._message = message or _Message(opcode, compressed, self._max)
+        self._final = final
+        self._left = self.unfinished = length
+        return self._payload(self._message, data, start, events)
 
-    def _check_size(self, more: int) -> None:
-        if self._size + more > self._max:
-            raise ProtocolError(1009, "message too long")
-
-    def _payload(self, data: bytes, start: int, events: list[Event]) -> int:
+    def _payload(self, message: _Message, data: bytes, start: int, events: list[Event]) -> int:
         """Take what has arrived of a data frame's payload; return where it stops."""
         part = data[start:start + self._left]
-        size = len(part)
-        self._left -= size
-        if part:
-            part = unmask(part, self._mask)
-            self._mask = (self._mask * 2)[size & 3:][:4]
-            self._add(self._inflated(part) if self._compressed else part)
-        if not self._left:
-            self.unfinished = 0
-        if not self._left and self._final:
-            if self._compressed:
-                self._add(self._inflated(_DEFLATE_TAIL))
-                if not self._inflater.eof:
-                    raise ProtocolError(1007, "deflate data cut short")
-                self.more = True  # a chunk can hold hundreds of bombs: one message at a time
-            if self._opcode == TEXT:
-                self._add(b"", final=True)
-            empty: Any = "" if self._opcode == TEXT else b""
-            events.append((self._opcode, empty.join(self._parts)))
-            self._reset()
-        return start + size
+        self._left -= len(part)
+        message.add(unmask(part, self._mask))
+        self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
+        if self._final and not self._left:
+            events.append((message.opcode, message.finish()))
+            self._message = None
+            self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
+        return start + len(part)
 
-    def _add(self, part: bytes, final: bool = False) -> None:
-        """Add to the message what is plain by now."""
-        self._size += len(part)
-        if len(self._parts) - self._joined > 1000:  # of tiny fragments each costs 60 bytes
-            tail = self._parts[self._joined:]
-            self._parts[self._joined:] = [tail[0][:0].join(tail)]
-            self._joined += 1
-        if self._opcode == BINARY:
-            self._parts.append(part)
-            return
-        self._decoder = self._decoder or codecs.getincrementaldecoder("utf-8")()
-        try:
-            self._parts.append(self._decoder.decode(part, final))
+
+class _Message:
+    """A text or binary message of which not everything has arrived."""
+
+    def __init__(self, opcode: int, compressed: bool, max_size: int) -> None:
+        self.opcode, self.max_size = opcode, max_size
+        self.size = self.final_blocks = 0
+        self.parts: list[Any] = []  # of str, if it is text, or of bytes
+        self.empty: Any = "" if opcode == TEXT else b""
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+        self.inflater: Any = zlib.decompressobj(-15) if compressed else None
+
+    def add(self, data: bytes) -> None:
+        """Inflate and check what has arrived; never inflate past the greatest size."""
+        while data:
+            part, data = data, b""
+            if self.inflater:
+                if self.inflater.eof:  # a final block that is not the last: RFC 7692, 7.2.3.4
+                    self.inflater = zlib.decompressobj(-15)
+                    self.final_blocks += 1
+                    if self.final_blocks > 16:  # a flood of them would take long
+                        raise ProtocolError(1007, "too many final blocks")
+                part = self.inflater.decompress(part, self.max_size - self.size + 1)
+                data = self.inflater.unused_data
+            self.size += len(part)
+            if self.size > self.max_size:
+                raise ProtocolError(1009, "message too long")
+            self.parts.append(self.decoder.decode(part) if self.opcode == TEXT else part)
             # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
             # (ED A0 to ED BF) only at their third.
-            rest = self._decoder.getstate()[0]
-            if rest[:1] == b"\xed" and rest[1:] > b"\x9f":
-                rest.decode()
-        except UnicodeDecodeError:
-            raise ProtocolError(1007, "text is not UTF-8") from None
+            if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
+                raise ProtocolError(1007, "text is not UTF-8")
+        if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
+            self.parts = [self.empty.join(self.parts)]
 
-    def _inflated(self, part: bytes) -> bytes:
-        """Inflate, but never past what the message may still grow by."""
-        plain = b""
-        while part:
-            if self._inflater is None or self._inflater.eof:
-                # A final block may come before the message's end (RFC 7692, 7.2.3.4).
-                self._inflater = zlib.decompressobj(-15)
-                self._final_blocks += 1
-            try:
-                plain += self._inflater.decompress(part, self._max - self._size - len(plain) + 1)
-            except zlib.error:
-                raise ProtocolError(1007, "bad deflate data") from None
-            self._check_size(len(plain))
-            if self._final_blocks > _MAX_FINAL_BLOCKS:
-                raise ProtocolError(1007, "too many final blocks")
-            part = self._inflater.unused_data
-        return plain
-
-
-def _parse_close(payload: bytes) -> tuple[int, str]:
-    """A Close frame's code and reason (RFC 6455, 5.5.1); 1005 stands for none (7.1.5)."""
-    code = int.from_bytes(payload[:2], "big") if payload else 1005
-    if payload and (len(payload) == 1 or not is_wire_close_code(code)):
-        raise ProtocolError(1002, "bad close code")
-    try:
-        return code, payload[2:].decode()
-    except UnicodeDecodeError:
-        raise ProtocolError(1007, "close reason is not UTF-8") from None
+    def finish(self) -> Any:
+        """The whole message, as str or bytes."""
+        if self.inflater:
+            self.add(_DEFLATE_TAIL)
+            if not self.inflater.eof:
+                raise ProtocolError(1007, "deflate data cut short")
+        self.decoder.decode(b"", True)
+        return self.empty.join(self.parts)
 
 
 def is_wire_close_code(code: int) -> bool:
@@ -766,8 +708,9 @@ def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes
     size = len(payload)
     if size < 126:
         return bytes((first, size)) + payload
-    width = 2 if size < 65536 else 8
-    return bytes((first, 126 if width == 2 else 127)) + size.to_bytes(width, "big") + payload
+    if size < 65536:
+        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
 
 
 def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
