@@ -1190,9 +1190,9 @@ class RedisBus(Bus):
         self._task = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
-        self._flush()
         self._stopping = True
-        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
+        if self._writer:  # when Redis has read all, it ends the connection, and so the task
+            self._writer.writelines([*self._queue, _command("QUIT")])
         await asyncio.wait([self._task], timeout=0.5)
         self._task.cancel()
 
