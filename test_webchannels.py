@@ -3354,8 +3354,8 @@ sys.stdin.read()
         client = self.client(url, "a")
         sender = "0123456789abcdef"
         for text in ("garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,3,null]\n{}",
-                     sender + '[1,"x",[],null]\n{}', sender + "[1,1,[[]],null]\nx",
-                     sender + "[1,3000,[],null]\n" + "x" * 3000):
+                     sender + "[1,true,[]]\n{}", sender + "[1,true,[[]],null]\nx",
+                     sender + "[1,true,[],null]\n" + "x" * 3000):
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
         self.until(lambda: self.log.count("not a broadcast of ours") == 7)
         app.broadcast("a", "fine")
