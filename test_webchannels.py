@@ -3789,6 +3789,19 @@ class InChromium(BrowserTest):
             page.wait_for("WebChannels.state === 'closed'")
             self.assertEqual(page.evaluate(SHOWN), "closed")
 
+    def test_an_address_that_is_none_is_told_and_not_tried_again(self) -> None:
+        script = self.app.channels_script()
+        with serve(self.app) as url:
+            for path in "http://[", "ftp://localhost/":
+                self.app.route("/", lambda: f'<script data-path="{path}">{script}</script>')
+                page = self.page(url)
+                self.assertEqual(page.evaluate(SHOWN), "closed")
+                self.assertEqual(page.evaluate(
+                    "WebChannels.request('____', 'echo', 'x').catch(error => error.name)"),
+                    "AbortError")
+                [error] = page.errors  # of console.error(): nothing was uncaught
+                self.assertTrue(error.startswith("WebChannels:"), error)
+
     def test_twenty_tabs_do_not_come_back_in_one_instant(self) -> None:
         self.app.route("/", lambda: self.app.channels_support())
         with serve(self.app) as url:
