@@ -33,6 +33,7 @@ import threading
 import time
 import tracemalloc
 import unittest
+import warnings
 import zlib
 from pathlib import Path
 from random import Random
@@ -3011,6 +3012,10 @@ sys.stdin.read()
         """How many processes have subscribed to it at Redis."""
         return int(self.redis.ask("PUBSUB", "NUMSUB", f"webchannels/{name}/{channel}")[1][1:])
 
+    def connections(self) -> int:
+        """How many Redis has, besides the one that asks."""
+        return str(self.redis.ask("CLIENT", "LIST")).count(" addr=") - 1
+
     def child(self, name: str, port: int = 0) -> tuple[subprocess.Popen[str], str]:
         """A process of its own, and its URL."""
         process = subprocess.Popen(
@@ -3173,7 +3178,7 @@ sys.stdin.read()
             del socket.SO_REUSEPORT
         with self.assertRaisesRegex(ValueError, "cannot share a port"):
             self.new_app().up(0, reuse_port=True, block=False)
-        self.until(lambda: len(self.redis.ask("CLIENT", "LIST")) < 3)  # it has left Redis, too
+        self.until(lambda: self.connections() == 0)
 
     # Faults.
 
@@ -3209,6 +3214,22 @@ sys.stdin.read()
         self.assertEqual(got[-1001:], [*range(away + 1, sent + 1)])
         self.until(lambda: self.subscribers("b"))
         self.assertEqual(len(self.log.lines), 4, self.log.lines)
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    def test_a_forked_child_lets_go_of_redis(self) -> None:
+        app, _ = self.serving()
+        self.assertEqual(self.connections(), 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the child only waits
+            child = os.fork()
+        if not child:
+            signal.pause()
+        self.addCleanup(os.waitpid, child, 0)
+        self.addCleanup(os.kill, child, signal.SIGKILL)
+        bus: Any = app._bus
+        app._call(bus._writer.transport.abort)
+        self.until(lambda: self.log.count("is back"))
+        self.assertEqual(self.connections(), 1)
 
     def test_a_redis_that_stalls_is_noticed(self) -> None:
         self.patient(0.2)
@@ -3248,15 +3269,18 @@ sys.stdin.read()
 
     def test_a_broadcast_right_before_the_end_gets_through(self) -> None:
         app = self.new_app()
-        there = self.client(self.serving()[1], "a")
+        there = self.client(self.serving(max_send_buffer=1 << 24)[1], "a")
         app.up(0, block=False)
-        for _ in range(50):
-            app.broadcast("a", "x" * 10_000)
-        begun = time.monotonic()
-        app.down()
-        self.assertLess(time.monotonic() - begun, 0.4)
-        for _ in range(50):
+        self.redis.process.send_signal(signal.SIGSTOP)
+        app._call(lambda: [app.broadcast("a", "x" * 10_000) for _ in range(700)])
+        bus: Any = app._bus
+        ending = threading.Thread(target=app.down)
+        ending.start()
+        self.until(lambda: bus._stopping)
+        self.redis.process.send_signal(signal.SIGCONT)
+        for _ in range(700):
             self.assertEqual(len(there.recv_text()), 10_000)
+        ending.join()
         self.assertEqual(self.log.lines, [])
 
     def test_without_redis_a_script_ends_at_once(self) -> None:
@@ -3270,7 +3294,8 @@ sys.stdin.read()
 
     def test_tls_and_passwords(self) -> None:
         pem, secret = certificate(self.folder), "p:a/s@s wörd"
-        redis = self.redis_server("--requirepass", secret, pem=pem)
+        redis = self.redis_server("--requirepass", f"{secret}!", "--user", "b@b", "on",
+                                  f">{secret}", "&*", "+@all", pem=pem)
         quoted = "".join(f"%{byte:02x}" for byte in secret.encode())
         url = f"rediss://{{}}@localhost:{redis.port}/tls"
 
@@ -3284,9 +3309,9 @@ sys.stdin.read()
         self.addCleanup(lambda: os.environ.pop("SSL_CERT_FILE") if before is None else
                         os.environ.update(SSL_CERT_FILE=before))
         os.environ["SSL_CERT_FILE"] = str(self.folder / "cert.pem")
-        for user in "", "default":
-            one, _ = self.serving(url.format(f"{user}:{quoted}"))
-            _, second = self.serving(url.format(f"{user}:{quoted}"))
+        for login in f":{quoted}!", f"default:{quoted}!", f"b%40b:{quoted}":
+            one, _ = self.serving(url.format(login))
+            _, second = self.serving(url.format(login))
             there = self.client(second, "a", redis=False)
             while not select.select([there.sock], [], [], 0.01)[0]:  # until Redis knows of it
                 one.broadcast("a", "x" * 100_000)
@@ -3359,13 +3384,14 @@ sys.stdin.read()
                 self.log.lines.clear()
 
     def test_messages_that_are_none(self) -> None:
-        app, url = self.serving()
+        app, url = self.serving(max_send_buffer=2048)
         client = self.client(url, "a")
         sender = "0123456789abcdef"
         for text in ("garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,3,null]\n{}",
-                     sender + '[1,"x",[],null]\n{}', sender + "[1,1,[[]],null]\nx"):
+                     sender + "[1,true,[]]\n{}", sender + "[1,true,[[]],null]\nx",
+                     sender + "[1,true,[],null]\n" + "x" * 3000):
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
-        self.until(lambda: self.log.count("not a broadcast of ours") == 6)
+        self.until(lambda: self.log.count("not a broadcast of ours") == 7)
         app.broadcast("a", "fine")
         self.assertEqual(client.recv_text(), "fine")
 

@@ -1190,9 +1190,9 @@ class RedisBus(Bus):
         self._task = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
-        self._flush()
         self._stopping = True
-        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
+        if self._writer:  # when Redis has read all, it ends the connection, and so the task
+            self._writer.writelines([*self._queue, _command("QUIT")])
         await asyncio.wait([self._task], timeout=0.5)
         self._task.cancel()
 
@@ -1313,19 +1313,19 @@ def _command(*words: str | bytes) -> bytes:
 
 
 def pack_push(push: Push, without: set[str], among: set[str] | None) -> bytes:
-    """A broadcast as it travels: a line of JSON, and what the two dialects send."""
+    """A broadcast as it travels: a line of JSON, then the bytes, the text, or the envelope."""
     plain, body = push._bodies
-    head = [push._opcode, len(plain), [*without], None if among is None else [*among]]
-    return dump_json(head).encode() + b"\n" + plain + (b"" if body is plain else body)
+    head = [push._opcode, plain is body, [*without], None if among is None else [*among]]
+    return dump_json(head).encode() + b"\n" + plain
 
 
-def unpack_push(settings: Config, data: bytes) -> tuple[Push, set[str], set[str] | None]:
+def unpack_push(settings: Config, channel: str,
+                data: bytes) -> tuple[Push, set[str], set[str] | None]:
     """Raises TypeError or ValueError for what is none, or is too large here."""
-    head, bodies = data.split(b"\n", 1)
-    opcode, size, without, among = load_json(head.decode())
-    plain, body = bodies[:size], bodies[size:] or bodies
-    push = Push(settings, "", body)
-    push._opcode, push._bodies = TEXT if opcode == TEXT else BINARY, (plain, body)
+    head, body = data.split(b"\n", 1)
+    opcode, whole, without, among = load_json(head.decode())
+    push = Push(settings, channel, body if whole else body.decode())
+    push._opcode = BINARY if opcode == BINARY else TEXT
     return push, set(without), None if among is None else set(among)
 
 
@@ -1745,7 +1745,7 @@ class WebChannels:
                 return
         if not data.startswith(self._name):  # else it is our own
             try:
-                self._send(channel, *unpack_push(self.config, data[len(self._name):]))
+                self._send(channel, *unpack_push(self.config, channel, data[len(self._name):]))
             except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
