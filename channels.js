@@ -21,10 +21,10 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   const page = Object(window)
   const path = document.currentScript?.dataset.path || '/'
-  const url = new URL(path, location.href).href.replace('http', 'ws')
+  const base = location.href // at first: the page may change it
 
   /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */
-  let state = 'connecting'
+  let state = 'closed'
   /** @type {WebSocket | null} */
   let socket = null // the only one
   let timer = 0     // to the next tick or, without a socket, connect
@@ -35,14 +35,17 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
   const queue = new Map()         // items not sent yet -> bytes
   const pending = new Map()       // ref -> item not answered yet
   const subscriptions = new Map() // channel -> item
-  /** @type {Set<{ pattern: string[], handler: Function }>} */
-  const handlers = new Set()
 
-  /** @param {string} type  @param {any} [detail] */
-  const emit = (type, detail) => client.dispatchEvent(new CustomEvent(type, { detail }))
+  /** False if a listener prevents the default. @param {string} type  @param {any} [detail] */
+  const emit = (type, detail) =>
+    client.dispatchEvent(new CustomEvent(type, { detail, cancelable: true }))
 
-  /** @param {typeof state} next */
-  const become = next => {
+  const complain = (/** @type {object} */ detail) => {
+    console.error('WebChannels:', detail)
+    emit('error', detail)
+  }
+
+  const become = (/** @type {typeof state} */ next) => {
     document.documentElement.dataset.webchannels = state = next
     emit('state', next)
   }
@@ -51,7 +54,12 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   const connect = () => {
     clearTimeout(timer)
-    socket = new WebSocket(url, 'webchannels.v1')
+    try {
+      socket = new WebSocket(new URL(path, base).href.replace('http', 'ws'), 'webchannels.v1')
+    } catch (error) { // no URL, or one that this page may not use: trying again is no help
+      complain({ error: String(error) })
+      return end('closed')
+    }
     socket.binaryType = 'arraybuffer'
     socket.onopen = opened
     socket.onmessage = received
@@ -85,14 +93,26 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
   const opened = () => {
     silent = 0
     subscriptions.forEach(renew)
-    for (const item of queue.keys()) transmit(item)
+    for (const item of queue.keys()) send(item)
     queue.clear()
     become('open')
     emit('open')
   }
 
-  /** @param {typeof state} next */
-  const end = (next, code = 1006, reason = '') => {
+  const received = (/** @type {MessageEvent} */ { data }) => {
+    silent = 0
+    if (data === '') return
+    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
+    const item = pending.get(m.ref) // if it is still wanted
+    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
+    else if (m.ref) item?.resolve(m.payload)
+    else {
+      const detail = 'payload' in m ? m : m.message
+      if (emit('message', detail)) page.parse_payload(detail)
+    }
+  }
+
+  const end = (/** @type {typeof state} */ next, code = 1006, reason = '') => {
     const wasOpen = state === 'open'
     clearTimeout(timer)
     if (socket) {
@@ -106,8 +126,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       queue.clear()
     } else {
       // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
-      const first = DELAY[0] * (document.hidden ? 10 : 1)
-      const most = Math.min(DELAY[1], first * 2 ** failures++)
+      const most = Math.min(DELAY[1], DELAY[0] * (document.hidden ? 10 : 1) * 2 ** failures++)
       timer = setTimeout(connect, Math.random() * most)
     }
     become(next) // last, for listeners may open() or close()
@@ -123,17 +142,12 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     return item
   }
 
-  /** @param {any} item */
-  const transmit = item => {
-    socket?.send(item.data)
-    if (item.ref) pending.set(item.ref, item)
-    else item.resolve()
-  }
-
-  /** @param {any} item */
-  const send = item => {
-    if (socket?.readyState === WebSocket.OPEN) transmit(item) // a closing one swallows it
-    else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
+  const send = (/** @type {any} */ item) => {
+    if (socket?.readyState === WebSocket.OPEN) { // a closing one swallows it
+      socket.send(item.data)
+      if (item.ref) pending.set(item.ref, item)
+      else item.resolve()
+    } else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
     else {
       const copy = new Blob([item.data]) // the caller may reuse its buffer
       if (typeof item.data !== 'string') item.data = copy
@@ -146,51 +160,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   /** @param {any} item  @param {string} channel */
   const renew = ({ resolve, reject }, channel) =>
-    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
-      resolve(reply)
-      emit('subscribed', channel)
-    }, error => {
-      if (error instanceof DOMException) return // lost: the next connection renews it
-      subscriptions.delete(channel)
-      reject(error)
-      complain({ error: error.message, channel, message: 'subscribe' })
-    })
-
-  // ---- In ----
-
-  /** @param {MessageEvent} event */
-  const received = ({ data }) => {
-    silent = 0
-    if (data === '') return
-    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const item = pending.get(m.ref) // if it is still wanted
-    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
-    else m.ref ? item?.resolve(m.payload) : deliver(m)
-  }
-
-  /** @param {any} detail */
-  const complain = detail => {
-    console.error('WebChannels:', detail)
-    emit('error', detail)
-  }
-
-  /** @param {any} push */
-  const deliver = ({ channel, message, payload }) => {
-    const plain = payload === undefined
-    const word = plain ? message : { channel, message, payload }
-    emit('message', word)
-    const segments = `/${channel}/${message}`.split('/')
-    let taken = false
-    for (const { pattern, handler } of handlers) {
-      const names = Object({})
-      if (plain || pattern.length !== segments.length || !pattern.every((part, i) =>
-        part[0] === ':' ? names[part.split(':')[1]] = segments[i] : part === segments[i])) continue
-      taken = true
-      // A microtask each: if one throws, the others still run.
-      queueMicrotask(() => handler(payload, { ...names, channel, message }))
-    }
-    if (!taken) queueMicrotask(() => page.parse_payload(word))
-  }
+    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(resolve)
+      .then(() => emit('subscribed', channel), error => {
+        if (error instanceof DOMException) return // lost: the next connection renews it
+        subscriptions.delete(channel)
+        reject(error)
+        complain({ error: error.message, channel, message: 'subscribe' })
+      })
 
   // ---- What the page uses ----
 
@@ -203,8 +179,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     get state() { return state }
 
     /**
-     * Resolves when handed to a connection, rejects when too much waits for one or on close(). A
-     * reply comes as a push.
+     * Resolves when handed over; rejects when too much waits, or on close(). A reply is a push.
      * @param {string} channel  @param {string} message  @param {any} [payload]
      */
     async sendMessageTo(channel, message, payload) {
@@ -221,15 +196,14 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
      */
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
+      signal?.throwIfAborted()
       const ref = ++lastRef
       const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
       const late = setTimeout(item.reject, Math.min(timeout, 2e9),
         new DOMException('No reply in time', 'TimeoutError'))
       const abort = () => item.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
-      if (signal?.aborted) abort()
-      else send(item)
-      return item.promise.finally(() => {
+      return send(item).finally(() => {
         clearTimeout(late)
         signal?.removeEventListener('abort', abort)
         queue.delete(item)
@@ -244,9 +218,19 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
      * @returns {() => void} takes it off again
      */
     channel(path, handler) {
-      const entry = { pattern: path.split('/'), handler }
-      handlers.add(entry)
-      return () => { handlers.delete(entry) }
+      const pattern = path.split('/')
+      const listener = (/** @type {any} */ event) => {
+        const { channel, message, payload } = event.detail
+        const segments = `/${channel}/${message}`.split('/')
+        const names = Object({})
+        if (payload === undefined || pattern.length !== segments.length) return
+        if (!pattern.every((part, i) => part[0] === ':'
+          ? names[part.split(':')[1]] = segments[i] : part === segments[i])) return
+        event.preventDefault()
+        handler(payload, { ...names, channel, message })
+      }
+      client.addEventListener('message', listener)
+      return () => client.removeEventListener('message', listener)
     }
 
     /**
@@ -254,13 +238,11 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
      * @param {string} channel  @returns {Promise<any>}
      */
     subscribe(channel) {
-      let item = subscriptions.get(channel)
-      if (!item) {
-        item = outgoing(channel)
-        item.promise.catch(() => { }) // renew() complains
-        subscriptions.set(channel, item)
-        if (state === 'open') renew(item, channel)
-      }
+      if (subscriptions.has(channel)) return subscriptions.get(channel).promise
+      const item = outgoing(channel)
+      item.promise.catch(() => { }) // renew() complains
+      subscriptions.set(channel, item)
+      if (state === 'open') renew(item, channel)
       return item.promise
     }
 
@@ -283,26 +265,19 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   const client = new Client()
 
-  addEventListener('online', wake)
-  addEventListener('offline', wake)
+  for (const type of ['online', 'offline', 'pageshow']) addEventListener(type, wake)
   document.addEventListener('resume', wake)
   document.addEventListener('visibilitychange', () => { if (!document.hidden) wake() })
   // An open socket could keep the page out of the back/forward cache.
-  addEventListener('pagehide', ({ persisted }) => {
-    if (!persisted || state === 'closed') return
-    end('reconnecting')
-    clearTimeout(timer)
-  })
-  addEventListener('pageshow', ({ persisted }) => { if (persisted) wake() })
+  addEventListener('pagehide', e => { if (e.persisted && state !== 'closed') end('reconnecting') })
 
   page.Genie = { ...page.Genie, WebChannels: client }
-  page.parse_payload = page.parse_payload || (/** @param {any} payload */ payload => {
+  page.parse_payload ||= (/** @type {any} */ payload) => {
     console.log(payload)
     console.log('Overwrite window.parse_payload to handle messages from the server')
-  })
+  }
 
-  become('connecting')
-  connect()
+  client.open()
   return client
 })()
 
