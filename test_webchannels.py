@@ -1658,7 +1658,7 @@ class TimeLimitsTest(ServerTest):
         client = self.connect(subprotocol="webchannels.v1", auto_reply=False)
         client.send_json({"channel": "____", "message": "slow", "ref": 1})
         client.send_frame(BINARY, bytes(500_000))  # more than is read while a handler is busy
-        opcode = PING
+        opcode, data = client.recv()
         while opcode == PING:  # no answer to these
             opcode, data = client.recv()
         self.assertEqual(json.loads(data), {"ref": 1, "payload": "slept"})
@@ -3819,7 +3819,8 @@ class InChromium(BrowserTest):
         script = self.app.channels_script()
         with serve(self.app) as url:
             for path in "http://[", "ftp://localhost/":
-                self.app.route("/", lambda: f'<script data-path="{path}">{script}</script>')
+                text = f'<script data-path="{path}">{script}</script>'
+                self.app.route("/", lambda text=text: text)
                 page = self.page(url)
                 self.assertEqual(page.evaluate(SHOWN), "closed")
                 self.assertEqual(page.evaluate(
