@@ -1626,7 +1626,7 @@ class TimeLimitsTest(ServerTest):
         client = self.connect(subprotocol="webchannels.v1", auto_reply=False)
         client.send_json({"channel": "____", "message": "slow", "ref": 1})
         client.send_frame(BINARY, bytes(500_000))  # more than is read while a handler is busy
-        opcode = PING
+        opcode, data = client.recv()
         while opcode == PING:  # no answer to these
             opcode, data = client.recv()
         self.assertEqual(json.loads(data), {"ref": 1, "payload": "slept"})
@@ -2093,6 +2093,22 @@ class MessagesTest(ServerTest):
         client.reset()
         self.until(lambda: self.app.disconnected_clients())
         self.release.set()
+        self.until(lambda: len(handled) == 3)
+        self.assertEqual(handled, [0, 1, 2])
+
+    def test_what_waited_for_the_peer_to_read_is_handled_after_a_reset(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        self.app.config.max_send_buffer = 64 << 20
+        self.app.channel("/____/much", lambda: bytes(30_000_000))  # more than any buffer between
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "much"})
+        for number in range(3):
+            client.send_json({"channel": "____", "message": "note", "payload": number})
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: self.app.disconnected_clients())  # all of it has arrived
+        self.assertEqual(handled, [])
+        client.reset()
         self.until(lambda: len(handled) == 3)
         self.assertEqual(handled, [0, 1, 2])
 
