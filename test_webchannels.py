@@ -1055,6 +1055,24 @@ class FrameReaderTest(unittest.TestCase):
         tracemalloc.stop()
         self.assertLess(peak, 6 * limit)
 
+    def test_a_bomb_behind_a_full_message_costs_next_to_nothing(self) -> None:
+        limit, deflater = 1 << 20, zlib.compressobj(wbits=-15)
+        full = deflater.compress(bytes(limit)) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        bomb = deflater.compress(bytes(50 << 20)) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        reader = webchannels.FrameReader(limit, True)
+        self.assertEqual(reader.receive(frame(BINARY, full, rsv=4, fin=False)), [])
+        second = frame(CONTINUATION, bomb)
+        # The same in one frame, behind a final block: there the full message is held, too.
+        both = frame(BINARY, packed(bytes(limit), final=True)[:-1] + packed(bytes(50 << 20)), rsv=4)
+        for each, data, most in ((reader, second, limit // 2),
+                                 (webchannels.FrameReader(limit, True), both, limit * 7 // 2)):
+            tracemalloc.start()
+            [(kind, error)] = each.receive(data)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            self.assertEqual((kind, error.code), (webchannels.FAIL, 1009))
+            self.assertLess(peak, most)
+
     def test_tiny_fragments_cost_no_more_than_their_bytes(self) -> None:
         reader, count = webchannels.FrameReader(1 << 20), 50
         chunk = frame(CONTINUATION, b"ab", fin=False) * 1000
