@@ -751,7 +751,7 @@ class RouterTest(unittest.TestCase):
                 self.assertEqual(endpoint.threaded, threaded)
         self.assertFalse(webchannels.Endpoint(self.found).threaded)
         self.assertEqual(webchannels.Endpoint(self.found).name, "RouterTest.found")
-        nameless = functools.partial(print)
+        nameless = functools.partial(lambda: None)
         self.assertEqual(webchannels.Endpoint(nameless).name, repr(nameless))
 
     def test_bad_registrations(self) -> None:
@@ -1064,6 +1064,24 @@ class FrameReaderTest(unittest.TestCase):
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         self.assertLess(peak, 6 * limit)
+
+    def test_a_bomb_behind_a_full_message_costs_next_to_nothing(self) -> None:
+        limit, deflater = 1 << 20, zlib.compressobj(wbits=-15)
+        full = deflater.compress(bytes(limit)) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        bomb = deflater.compress(bytes(50 << 20)) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        reader = webchannels.FrameReader(limit, True)
+        self.assertEqual(reader.receive(frame(BINARY, full, rsv=4, fin=False)), [])
+        second = frame(CONTINUATION, bomb)
+        # The same in one frame, behind a final block: there the full message is held, too.
+        both = frame(BINARY, packed(bytes(limit), final=True)[:-1] + packed(bytes(50 << 20)), rsv=4)
+        for each, data, most in ((reader, second, limit // 2),
+                                 (webchannels.FrameReader(limit, True), both, limit * 7 // 2)):
+            tracemalloc.start()
+            [(kind, error)] = each.receive(data)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            self.assertEqual((kind, error.code), (webchannels.FAIL, 1009))
+            self.assertLess(peak, most)
 
     def test_tiny_fragments_cost_no_more_than_twice_the_message(self) -> None:
         reader = webchannels.FrameReader(1 << 20)
@@ -1657,7 +1675,8 @@ class TimeLimitsTest(ServerTest):
     def test_a_busy_client_is_not_silent(self) -> None:
         client = self.connect(subprotocol="webchannels.v1", auto_reply=False)
         client.send_json({"channel": "____", "message": "slow", "ref": 1})
-        client.send_frame(BINARY, bytes(500_000))  # more than is read while a handler is busy
+        for size in (1, 500_000):  # more than is read while a handler is busy
+            client.send_frame(BINARY, bytes(size))
         opcode, data = client.recv()
         while opcode == PING:  # no answer to these
             opcode, data = client.recv()
@@ -2125,6 +2144,22 @@ class MessagesTest(ServerTest):
         client.reset()
         self.until(lambda: self.app.disconnected_clients())
         self.release.set()
+        self.until(lambda: len(handled) == 3)
+        self.assertEqual(handled, [0, 1, 2])
+
+    def test_what_waited_for_the_peer_to_read_is_handled_after_a_reset(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        self.app.config.max_send_buffer = 64 << 20
+        self.app.channel("/____/much", lambda: bytes(30_000_000))  # more than any buffer between
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "much"})
+        for number in range(3):
+            client.send_json({"channel": "____", "message": "note", "payload": number})
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: self.app.disconnected_clients())  # all of it has arrived
+        self.assertEqual(handled, [])
+        client.reset()
         self.until(lambda: len(handled) == 3)
         self.assertEqual(handled, [0, 1, 2])
 
