@@ -3851,12 +3851,11 @@ class InChromium(BrowserTest):
             self.assertEqual(page.evaluate(SHOWN), "closed")
 
     def test_an_address_that_is_none_is_told_and_not_tried_again(self) -> None:
-        script = self.app.channels_script()
+        self.app.route("/", lambda: f'<script data-path="{self.app.params("path")}">'
+                                    f'{self.app.channels_script()}</script>')
         with serve(self.app) as url:
             for path in "http://[", "ftp://localhost/":
-                text = f'<script data-path="{path}">{script}</script>'
-                self.app.route("/", lambda text=text: text)
-                page = self.page(url)
+                page = self.page(f"{url}/?path={path}")
                 self.assertEqual(page.evaluate(SHOWN), "closed")
                 self.assertEqual(page.evaluate(
                     "WebChannels.request('____', 'echo', 'x').catch(error => error.name)"),
@@ -3887,14 +3886,48 @@ class InChromium(BrowserTest):
         shutil.copy(HERE / "webchannels.py", folder)
         with Terminal(sys.executable, "-I", "-S", "webchannels.py", "--port", "0",
                       cwd=folder) as demo:
-            page = self.page(demo.expect(r"http://127\.0\.0\.1:\d+")[0])
-            page.wait_for(OPEN)
-            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+            url = demo.expect(r"http://127\.0\.0\.1:\d+")[0]
+            policy = request("GET", url).headers["content-security-policy"]
+            self.assertTrue(policy.startswith("default-src 'none';"), policy)
+            self.assertNotIn("unsafe", policy)
+            page, other = self.page(url), self.page(url)
+            for each in page, other:
+                each.wait_for(OPEN)
+                each.wait_for("people.textContent.includes(', ')")  # both are here
+                self.assertEqual(each.evaluate("state.textContent"), "WebSocket open")
+            other.evaluate("(text.value = '<b id=bold>Hi', say.requestSubmit())")
+            page.wait_for("chat.textContent.includes('<b id=bold>Hi')")
+            self.assertFalse(page.evaluate("!!document.getElementById('bold')"))
+            page.evaluate("(payload.value = 'there', echo.requestSubmit())")
+            page.wait_for("answer.textContent.startsWith('there (')")
+            self.assertRegex(page.evaluate("wire.textContent"), (
+                r'(?s)↑ \{"channel":"____","message":"echo","payload":"there","ref":(\d+)\}\n'
+                r'.*↓ \{"ref":\1,"payload":"there"\}\n'))
+            page.evaluate("(window.before = heights.join(), 0)")
+            page.wait_for("heights.join() !== before")
+            page.wait_for("pen.getImageData(0, 0, plot.width, plot.height).data.some(Number)")
+            other.close()
+            page.wait_for("!people.textContent.includes(', ')")
+            self.assertEqual(page.evaluate(
+                "[...document.querySelectorAll('input')].filter(input => !input.labels.length"
+                " && !input.getAttribute('aria-label')).map(input => input.id)"), [])
+            self.assertEqual(page.evaluate(
+                "[document.title, document.documentElement.lang,"
+                " document.querySelector('[name=viewport]').content]"),
+                ["webchannels", "en", "width=device-width, initial-scale=1"])
             self.assertEqual(page.evaluate(
                 "performance.getEntriesByType('resource').map(entry => entry.name)"), [])
-            self.assertEqual(page.errors, [])
+            self.assertEqual([page.errors, other.errors], [[], []])
             demo.type("\x03")
             self.assertEqual(demo.process.wait(20), 0)
+        page.wait_for(AWAY)
+        page.evaluate("(text.value = 'while away', say.requestSubmit())")
+        port = url.rpartition(":")[2]
+        with Terminal(sys.executable, "-I", "-S", "webchannels.py", "--port", port, cwd=folder):
+            page.wait_for(OPEN, 40)
+            page.wait_for("chat.textContent.includes(' while away')")
+            page.evaluate("(window.before = heights.join(), 0)")
+            page.wait_for("heights.join() !== before")
 
 
 class InFirefox(InChromium):

@@ -2569,161 +2569,84 @@ WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
 # --------------------------------------------------------------------------------------- demo
 
 DEMO_PAGE: str = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>webchannels</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0
- 24 24'%3E%3Cpath stroke='%230d8a83' stroke-width='4' d='M3 8h18M21 16H3'/%3E%3C/svg%3E">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --page: #f4f6f8; --card: #fff; --line: #dde2e8; --edge: #84909d;
-  --text: #18202a; --dim: #566170; --accent: #0b736d; --warm: #93500a }
-@media (prefers-color-scheme: dark) { :root { --page: #0d1014; --card: #151a20; --line: #29313b;
-  --edge: #6d7987; --text: #e6eaef; --dim: #9aa6b3; --accent: #4fd0c5; --warm: #e3a95f } }
-* { box-sizing: border-box; margin: 0; padding: 0; min-width: 0; accent-color: var(--accent) }
-body, section { display: flex; flex-direction: column; gap: 13px; padding: 16px }
-body { min-height: 100vh; background: var(--page); color: var(--text); overflow-wrap: anywhere;
-  font: 15px/1.5 -apple-system, "Segoe UI", Roboto, "Noto Sans", "Liberation Sans", sans-serif }
-main { flex: 1; display: flex; flex-wrap: wrap; gap: 16px }
-section { flex: 1 1 320px; background: var(--card) } header .dim, #wave { flex-basis: 100% }
-section, li { border: 1px solid var(--line); border-radius: 13px }
-.row, label { display: flex; flex-wrap: wrap; align-items: center; gap: 6px 10px }
-h1 { font-size: 21px; line-height: 1 } h2 { font-size: 15px } h1, h2 { margin-right: auto }
-label, li, .dim, #state, #chat b { font-size: 13px } label, .dim { color: var(--dim) }
-#state { font-weight: 600; color: var(--warm) } li { list-style: none; padding: 2px 10px }
-[data-webchannels=open] #state, h1 span { color: var(--accent) }
-#state::before, li::before, #chat b::before { content: ""; display: inline-block; width: 9px;
-  height: 9px; margin-right: 6px; border-radius: 9px; background: var(--hue, currentColor) }
-button, [type=text] { height: 36px; padding: 0 12px; border: 1px solid var(--edge);
-  border-radius: 8px; background: var(--card); color: inherit; font: inherit; font-size: 16px }
-button { background: var(--accent); border-color: var(--accent); color: var(--card) }
-form input { flex: 1 } #name { height: 30px; width: 112px } ::placeholder { color: inherit;
-  opacity: .7 } :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px }
-canvas { flex: 1 0 170px; width: 100%; height: 170px; color: var(--accent);
-  background: linear-gradient(var(--line) 1px, #0000 1px) 0 1px / 1px 33% }
-.list { flex: 1 0 200px; height: 200px; overflow-y: auto } .list p { margin-bottom: 5px }
-#wire, pre, code { font: 12px/1.6 ui-monospace, Menlo, Consolas, "Liberation Mono", monospace }
-#wire p { display: grid; grid-template-columns: 18px 1fr }
-.up::before { content: "\2191"; color: var(--warm) } .down::before { content: "\2193" }
-pre { padding: 10px 12px; overflow-x: auto; background: var(--page); border-radius: 8px }
+:root { color-scheme: light dark; --card: light-dark(#f0f4f6, #1c2229);
+  --dim: light-dark(#566170, #9aa6b3); --accent: light-dark(#0b736d, #4fd0c5) }
+body { max-width: 1280px; margin: auto; padding: 16px; accent-color: var(--accent);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+main { display: grid; gap: 16px }
+@media (min-width: 800px) { main { grid-template-columns: 1fr 1fr } #wave { grid-column: 1 / 3 } }
+section { padding: 16px; border-radius: 12px; background: var(--card) }
+header, form { display: flex; gap: 10px; align-items: center }
+h1, h2, form input { flex: 1; min-width: 0; margin: 0 } h1, h2 { font-size: 20px }
+p, label, ::placeholder { color: var(--dim); opacity: 1 } p { margin: 4px 0 16px }
+[data-webchannels=open] #state, #chat b, canvas { color: var(--accent) }
+canvas { width: 100%; height: 180px } pre { font-size: 13px; word-break: break-all }
+[role=log] { height: 240px; overflow-y: auto; margin: 16px 0; white-space: pre-wrap }
+input, button { padding: 6px 12px; border: 1px solid var(--dim); border-radius: 8px; font: inherit;
+  background: Canvas } button { background: var(--accent); color: Canvas }
 </style>
-<header class="row"><h1><span aria-hidden="true">&#8644;</span> webchannels</h1>
-  <p id="state" role="status">WebSocket connecting</p>
-  <p class="dim">A page and its server, talking. Open a second tab, too.</p></header><main>
-<section id="wave"><div class="row"><h2>Chat makes waves</h2>
-  <label><input id="live" type="checkbox" checked autocomplete="off"> subscribed</label></div>
-  <canvas id="plot" role="img" aria-label="A curve that moves with each push"></canvas></section>
-<section><div class="row"><h2>Chat</h2><label for="name">Your name</label>
-  <input id="name" type="text" maxlength="24" autocomplete="off"></div>
-  <ul id="people" class="row" aria-label="Who is connected"></ul>
-  <div id="chat" class="list" role="log" aria-label="Chat" tabindex="0"></div>
-  <form id="say" class="row" autocomplete="off"><input id="text" type="text" aria-label="Message"
-  placeholder="Say something" required maxlength="500"><button>Send</button></form></section>
-<section><div class="row"><h2>On the wire</h2>
-  <label><input id="all" type="checkbox"> with the wave</label></div>
-  <div id="wire" class="list" role="log" aria-live="off" aria-label="Frames" tabindex="0"></div>
-  <form id="echo" class="row" autocomplete="off"><input id="payload" type="text" required
-  aria-label="Payload" placeholder="Text or JSON"><button>Echo</button></form>
-  <p id="answer" class="dim" role="status">The server sends back what you send.</p></section>
-<section><h2>How this works</h2><pre tabindex="0">from webchannels import *
-
-@route("/")
-def index():
-    return channels_support() + "&lt;h1>Live&lt;/h1>"
-
-@channel("/____/echo")
-def echo(payload):
-    return payload
-
-up()</pre><p class="dim">The page asks <code>WebChannels.request('____', 'echo', 'Hello!')</code>.
-  The server pushes <code>broadcast("____", "Hey!")</code>. A lost connection comes back by
-  itself: stop the server, start it again, and watch the top of this page.</p></section></main>
+<header><h1>webchannels</h1><b id="state" role="status">WebSocket connecting</b></header>
+<p>A page and its server, talking. Open a second tab. Stop the server, and start it again.</p>
+<main><section id="wave"><header><h2>Chat makes waves</h2>
+<label><input id="live" type="checkbox" checked autocomplete="off"> live</label></header>
+<canvas id="plot" role="img" aria-label="A curve that moves with each push"></canvas></section>
+<section><header><h2>Chat</h2><label>Your name <input id="name" size="10" maxlength="24"></label>
+</header><p id="people"></p><div id="chat" role="log" aria-label="Chat" tabindex="0"></div>
+<form id="say" autocomplete="off"><input id="text" aria-label="Message" required maxlength="500"
+placeholder="Say something"><button>Send</button></form></section>
+<section><h2>On the wire</h2><p id="answer" role="status">Every frame but those of the wave.</p>
+<pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
+<form id="echo" autocomplete="off"><input id="payload" aria-label="Payload" required
+placeholder="The server sends it back"><button>Echo</button></form></section></main>
 <script nonce="NONCE">
 const $ = id => document.getElementById(id)
-const make = (tag, properties, ...children) => {
-  const element = Object.assign(document.createElement(tag), { dir: 'auto' }, properties)
-  element.append(...children) // strings become text, never HTML
-  return element
-}
-const add = (list, className, ...children) => {
-  const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 40
-  list.append(make('p', { className }, ...children))
-  if (list.childElementCount > 200) list.firstElementChild.remove()
-  if (atEnd) list.scrollTop = list.scrollHeight
+const add = (list, title, text) => {
+  const bold = document.createElement('b')
+  bold.textContent = title
+  list.append(bold, ` ${text || '(empty)'}\n`) // strings become text, never HTML
+  list.scrollTop = list.scrollHeight
 }
 // To show what is on the wire. A page that shows no such thing needs nothing of this.
-const show = (direction, frame) => {
-  if (frame.includes('"channel":"wave"') && !$('all').checked) return
-  add($('wire'), direction, frame || '(empty: to keep the connection alive)')
-}
+const show = (arrow, frame) => frame.includes('"message":"tick"') || add($('wire'), arrow, frame)
 window.WebSocket = class extends WebSocket {
-  constructor (...given) { super(...given).addEventListener('message', e => show('down', e.data)) }
-  send (frame) { super.send(frame, show('up', frame)) }
+  constructor (...given) { super(...given).addEventListener('message', e => show('↓', e.data)) }
+  send (frame) { show('↑', frame); super.send(frame) }
 }
-</script>
-SUPPORT
-<script nonce="NONCE">
-// The connection's state. Its colour is CSS alone: [data-webchannels=open] #state
+</script>SUPPORT<script nonce="NONCE">
+document.onsubmit = event => event.preventDefault()
 WebChannels.addEventListener('state', e => { $('state').textContent = `WebSocket ${e.detail}` })
 
-// The chat. history.state keeps the name of each tab over a reload.
-let you
-const person = (tag, id, name) => make(tag,
-  { style: `--hue: hsl(${parseInt(id.slice(0, 4), 16)} 62% 48%)` }, name)
-const showSaid = ({ id, name, text }) => add($('chat'), '', person('b', id, name), ' ' + text)
-const showNote = text => add($('chat'), 'dim', text)
-const showError = error => showNote(error.message)
-const rename = async name => {
-  const welcome = await WebChannels.request('chat', 'name', name)
-  you = welcome.id
-  history.replaceState($('name').value = welcome.name, '')
-  $('chat').replaceChildren()
-  welcome.said.forEach(showSaid)
+// What is sent while there is no connection waits for the next, so the name goes first.
+const join = () => WebChannels.sendMessageTo('chat', 'join', $('name').value)
+WebChannels.addEventListener('close', join)
+$('name').onchange = join
+join()
+WebChannels.channel('/chat/name', name => { $('name').value = name })
+WebChannels.channel('/chat/people', names => { $('people').textContent = `Here: ${names}` })
+WebChannels.channel('/chat/said', ({ name, text }) => add($('chat'), name, text))
+$('say').onsubmit = () => {
+  WebChannels.sendMessageTo('chat', 'say', $('text').value)
+  $('say').reset()
 }
-WebChannels.channel('/chat/said', showSaid)
-WebChannels.channel('/chat/note', showNote)
-WebChannels.channel('/chat/people', people => $('people').replaceChildren(
-  ...people.map(([id, name]) => person('li', id, name + (id === you ? ' (you)' : '')))))
-WebChannels.addEventListener('subscribed', ({ detail }) => { // again after each reconnect
-  if (detail === 'chat') rename(history.state).catch(showError)
-})
-WebChannels.subscribe('chat')
-document.onsubmit = event => event.preventDefault()
-$('name').onchange = () => rename($('name').value).catch(showError)
-$('say').onsubmit = () =>
-  WebChannels.request('chat', 'say', $('text').value).then(() => $('say').reset(), showError)
 
-// The wave: heights from 1 to -1, the latest first.
-const plot = $('plot'), pen = plot.getContext('2d')
-const still = matchMedia('(prefers-reduced-motion: reduce)')
-let heights = [], pushes = 0
-const draw = () => {
-  const scale = devicePixelRatio
-  const width = plot.width = plot.clientWidth * scale // setting it clears it
-  const height = plot.height = plot.clientHeight * scale
-  const place = (value, age) => [width * (1 - age / 300) - 6 * scale, height * (.5 - .45 * value)]
-  pen.strokeStyle = pen.fillStyle = getComputedStyle(plot).color
-  pen.lineWidth = 2 * scale
-  heights.forEach((value, age) => pen.lineTo(...place(value, age)))
+const plot = $('plot'), pen = plot.getContext('2d'), heights = Array(300).fill(0)
+WebChannels.channel('/wave/tick', height => { heights.copyWithin(0, 1)[299] = height })
+$('live').onchange = () => WebChannels[$('live').checked ? 'subscribe' : 'unsubscribe']('wave')
+setInterval(() => {
+  plot.width = plot.clientWidth * devicePixelRatio // this clears it
+  plot.height = plot.clientHeight * devicePixelRatio
+  pen.lineWidth = 2 * devicePixelRatio
+  pen.strokeStyle = getComputedStyle(plot).color
+  heights.forEach((h, i) => pen.lineTo(i * plot.width / 299, (.5 - .45 * h) * plot.height))
   pen.stroke()
-  pen.beginPath()
-  pen.arc(...place(heights[0], 0), 4 * scale, 0, 7)
-  pen.fill()
-}
-new ResizeObserver(draw).observe(plot)
-matchMedia('(prefers-color-scheme: dark)').onchange = draw
-WebChannels.channel('/wave/tick', height => {
-  heights = [height, ...heights.slice(0, 299)]
-  if (!still.matches || pushes++ % 20 === 0) draw()
-})
-WebChannels.subscribe('wave')
-$('live').onchange = () =>
-  WebChannels[$('live').checked ? 'subscribe' : 'unsubscribe']('wave').catch(showError)
+}, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 50)
 
-// The echo. What reads as JSON is sent as such, all else as text.
-const parse = text => { try { return JSON.parse(text) } catch { return text } }
 $('echo').onsubmit = async () => {
   const start = performance.now()
-  const time = () => `There and back in ${(performance.now() - start).toFixed(1)} ms`
-  $('answer').textContent = await WebChannels.request('____', 'echo', parse($('payload').value))
-    .then(time, error => error.message)
+  const reply = await WebChannels.request('____', 'echo', $('payload').value).catch(String)
+  $('answer').textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
 }
 </script>
 """
@@ -2733,67 +2656,45 @@ def demo_app() -> WebChannels:
     """The app behind `python3 webchannels.py`: a new one, so that importing registers nothing."""
     app = WebChannels()
     app.channel("/____/echo", lambda payload: payload)
-    app.channels_support("chat")
-    said: collections.deque[dict[str, str]] = collections.deque(maxlen=20)
-    ticker: asyncio.Task[None] | None = None
-    height, rise = 0.0, 0.2
+    template = DEMO_PAGE.replace("SUPPORT", app.channels_support("wave", nonce="NONCE"))
+    said_at = 0.0
 
     @app.route("/")
     def page() -> Response:
         nonce = secrets.token_urlsafe(16)
-        support = app.channels_support(nonce=nonce)
-        return Response(DEMO_PAGE.replace("NONCE", nonce).replace("SUPPORT", support), headers={
+        return Response(template.replace("NONCE", nonce), headers={
             "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
             f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"})
 
     def line(payload: Any, longest: int) -> str:
-        text = " ".join(payload.split()) if isinstance(payload, str) else ""
-        if not 0 < len(text) <= longest:
-            raise ChannelError(f"Type 1 to {longest} characters")
-        return text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be sent
+        # Half a surrogate pair could not be sent.
+        return " ".join(str(payload).encode("utf-8", "replace").decode().split())[:longest]
 
-    def tell(note: str) -> None:
-        app.broadcast("chat", "note", note)
-        app.broadcast("chat", "people", [[client.id, client.data["name"]] for client in
-                                         app.connected_clients("chat") if "name" in client.data])
+    @app.on_disconnect
+    def show_people() -> None:
+        names = [client.data["name"] for client in app.connected_clients("chat")]
+        app.broadcast("chat", "people", ", ".join(names))
 
-    @app.channel("/chat/name")
-    def rename(client: ChannelClient, payload: Any) -> dict[str, Any]:
-        new = secrets.choice(("Otter", "Heron", "Lynx", "Puffin", "Badger", "Raven", "Stoat"))
-        old, name = client.data.get("name"), new if payload is None else line(payload, 24)
-        client.data["name"] = name
-        note = f"{old} is now {name}" if old else f"{name} joined"
-        asyncio.get_running_loop().call_soon(tell, note)  # after the reply, which tells the id
-        return {"id": client.id, "name": name, "said": list(said)}
+    @app.channel("/chat/join")
+    def join(client: ChannelClient, payload: Any) -> None:
+        client.data["name"] = line(payload, 24) or secrets.choice(("Otter", "Heron", "Raven"))
+        client.send("name", client.data["name"])
+        app.subscribe(client, "chat")
+        show_people()
 
     @app.channel("/chat/say")
     def say(client: ChannelClient, payload: Any) -> None:
-        nonlocal rise
-        rise += 0.2
-        name = client.data.get("name", "Somebody")
-        said.append({"id": client.id, "name": name, "text": line(payload, 500)})
-        app.broadcast("chat", "said", said[-1])
+        nonlocal said_at
+        said_at = time.monotonic()
+        app.broadcast("chat", "said", {"name": client.data["name"], "text": line(payload, 500)})
 
-    @app.on_disconnect
-    def leave(client: ChannelClient) -> None:
-        if "name" in client.data:
-            tell(f"{client.data['name']} left")
+    def wave() -> None:
+        while True:
+            time.sleep(0.05)
+            age = time.monotonic() - said_at
+            app.broadcast("wave", "tick", math.sin(6 * age) * (0.1 + 0.9 * math.exp(-age / 2)))
 
-    async def tick() -> None:
-        nonlocal height, rise
-        while app.connected_clients("wave"):  # it ends when nobody looks
-            rise = 0.97 * rise - 0.06 * height  # a spring
-            height += rise
-            app.broadcast("wave", "tick", round(height / math.hypot(1, height), 3))
-            await asyncio.sleep(0.05)
-
-    @app.channel("/wave/subscribe")
-    def watch(client: ChannelClient) -> None:
-        nonlocal ticker
-        app.subscribe(client, "wave")
-        if ticker is None or ticker.done():
-            ticker = asyncio.get_running_loop().create_task(tick())
-
+    threading.Thread(target=wave, daemon=True).start()
     return app
 
 
