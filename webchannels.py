@@ -2686,7 +2686,8 @@ def demo_app() -> WebChannels:
     def say(client: ChannelClient, payload: Any) -> None:
         nonlocal said_at
         said_at = time.monotonic()
-        app.broadcast("chat", "said", {"name": client.data["name"], "text": line(payload, 500)})
+        name = client.data.get("name", "Somebody")
+        app.broadcast("chat", "said", {"name": name, "text": line(payload, 500)})
 
     def wave() -> None:
         while True:
