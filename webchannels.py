@@ -983,8 +983,6 @@ class ChannelClient(asyncio.Protocol):
 
     def _work(self) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
-        if self._corked:
-            return
         self._corked = True
         pending, turns = self._pending, 0
         try:
