@@ -1190,11 +1190,12 @@ class ServerTest(unittest.TestCase):
 def quiet() -> Iterator[None]:
     """Keep what tests provoke on purpose out of the output."""
     logger = logging.getLogger("webchannels")
-    before, logger.level = logger.level, logging.CRITICAL + 1
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # which, unlike the attribute, empties a cache
     try:
         yield
     finally:
-        logger.level = before
+        logger.setLevel(before)
 
 
 @contextlib.contextmanager
@@ -1313,6 +1314,35 @@ class HttpTest(ServerTest):
             self.assertEqual((reply.status, reply.headers["retry-after"]), (503, "5"))
             second.close()
             self.until(lambda: request("GET", self.url).status == 200)
+
+    def test_what_futures_and_tasks_do_not_hold(self) -> None:
+        class Odd(BaseException):
+            """Some programs derive from it what nobody should catch."""
+
+        async def odd() -> None:
+            raise Odd
+
+        self.app.route("/stop", lambda: next(iter(())), threaded=True)
+        self.app.route("/odd", odd)
+        self.app.channel("/____/stop", lambda: next(iter(())), threaded=True)
+        for path in ("/stop", "/odd", "/odd"):
+            self.assertEqual(request("GET", self.url + path).status, 500)
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "stop"})
+        self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+
+    def test_an_answer_that_is_being_read_is_not_cut_by_down(self) -> None:
+        app = WebChannels()
+        app.route("/big", lambda: bytes(8_000_000))
+        with serve(app) as url, Connection(url) as connection:
+            connection.send_raw(b"GET /big HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+            select.select([connection.sock], [], [], 10)
+            thread = threading.Thread(target=app.down)
+            thread.start()
+            with self.assertRaises(ConnectionError):  # as soon as it goes down
+                self.until(lambda: Connection(url).close())
+            self.assertEqual(len(connection.response().body), 8_000_000)
+            thread.join()
 
     def test_requests_wait_while_the_answers_before_them_are_not_read(self) -> None:
         with Connection(self.url) as connection:
@@ -2273,6 +2303,32 @@ class RegistryTest(ServerTest):
     def note(self, client: ChannelClient) -> None:
         self.left.append(client)
         raise RuntimeError("on purpose")
+
+    def test_on_connect_that_sends_too_much_or_closes(self) -> None:
+        self.app.on_connect(lambda client: [client.send("x" * 600_000) for _ in range(2)])
+        client = self.connect()
+        self.assertEqual(client.recv_close(), (1013, "too slow"))
+        self.app.on_connect(lambda client: client.close(3000, "not now"))
+        client = self.connect(auto_reply=False)
+        self.assertEqual(client.recv_close(), (3000, "not now"))
+        self.assertEqual(self.app.connected_clients(), [])
+        client.close()
+        self.assertEqual(self.left, [])
+
+    def test_max_clients_while_on_connect_is_awaited(self) -> None:
+        both = threading.Barrier(2, timeout=10)
+        self.app.config.max_clients = 2
+        self.connect()
+
+        @self.app.on_connect
+        async def slow() -> None:
+            await asyncio.get_running_loop().run_in_executor(None, both.wait)
+        with Connection(self.url) as one, Connection(self.url) as two:
+            for each in (one, two):
+                each.send_raw(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+                              b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                              b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
+            self.assertEqual({one.response().status, two.response().status}, {101, 503})
 
     def test_who_is_there(self) -> None:
         app = self.app
@@ -3237,6 +3293,20 @@ sys.stdin.read()
         self.until(lambda: self.subscribers("b"))
         self.assertEqual(len(self.log.lines), 4, self.log.lines)
 
+    def test_a_bus_may_start_again(self) -> None:
+        (one, _), (_, url) = self.serving(), self.serving()
+        there = self.client(url, "a")
+        one.config.bus = webchannels.RedisBus(f"redis://127.0.0.1:{self.redis.port}", 9999)
+        for number in range(2):
+            one.down()
+            one.up(0, block=False)
+            one.broadcast("a", str(number))
+            self.assertEqual(there.recv_text(), str(number))
+        self.redis.kill()
+        self.until(lambda: self.log.count("lost Redis") == 2)
+        self.redis.start()
+        self.until(lambda: self.log.count("is back") == 2)
+
     @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
     def test_a_forked_child_lets_go_of_redis(self) -> None:
         app, _ = self.serving()
@@ -3413,7 +3483,8 @@ sys.stdin.read()
                      sender + "[1,true,[]]\n{}", sender + "[1,true,[[]],null]\nx",
                      sender + "[1,true,[],null]\n" + "x" * 3000):
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
-        self.until(lambda: self.log.count("not a broadcast of ours") == 7)
+        self.redis.ask("PUBLISH", "webchannels/0/a", f'"{sender}[1,true,[],null]\\n\\xff"')
+        self.until(lambda: self.log.count("not a broadcast of ours") == 8)
         app.broadcast("a", "fine")
         self.assertEqual(client.recv_text(), "fine")
 
@@ -3443,6 +3514,21 @@ sys.stdin.read()
         class Broken(webchannels.Bus):
             async def start(self) -> None:
                 raise RuntimeError("no engine")
+
+        class Deaf(webchannels.Bus):
+            def listen(self, channel: str, wanted: bool) -> None:
+                if channel == "a" or not wanted:
+                    raise RuntimeError("on purpose")
+
+        app = WebChannels(Config(bus=Deaf(), shutdown_timeout=0.1))
+        app.channels_support("a")
+        client = self.client(self.enterContext_(serve(app)), "____", redis=False)
+        for _ in range(2):  # and it stays an error
+            client.send_json({"channel": "a", "message": "subscribe"})
+            self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+        client.close()
+        self.until(app.disconnected_clients)
+        self.assertEqual(self.log.count("the bus did not let go of channel '____'"), 1)
 
         apps = [WebChannels(Config(bus=Nearby(), shutdown_timeout=0.1)) for _ in range(3)]
         clients = [self.client(self.enterContext_(serve(app)), "____", redis=False)

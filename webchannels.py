@@ -159,7 +159,10 @@ class Endpoint:
         """Call the handler with what it takes of `given`."""
         if not self.takes_any:
             given = {name: given[name] for name in self.takes if name in given}
-        return self.handler(**given)
+        try:
+            return self.handler(**given)
+        except StopIteration as error:  # before Python 3.12 no future can hold it
+            raise RuntimeError(f"{self.name} raised StopIteration") from error
 
 
 Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
@@ -219,7 +222,7 @@ _FIELDS = re.compile(rf"(?:\r\n{_TOKEN.pattern}:{_TEXT.pattern})*")
 _HEAD = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])({_FIELDS.pattern})")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,18}")  # no sign, no space, not two of them
-_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})[ \t]*(?:;{_TEXT.pattern})?")
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;{_TEXT.pattern})?")
 _BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
@@ -918,11 +921,12 @@ class ChannelClient(asyncio.Protocol):
     def _attach(self, writer: asyncio.StreamWriter) -> None:
         """Take over the connection: from now on its bytes are frames."""
         self._app._sockets.add(self)
-        self._app._clients[self] = None
+        if not self._closing:  # by on_connect
+            self._app._clients[self] = None
+            self.connected = True
         self._writer = writer
         self._transport = writer.transport
         self._transport.set_protocol(self)
-        self.connected = True
         self.resume_writing()
         self._transport.resume_reading()
 
@@ -1051,7 +1055,7 @@ class ChannelClient(asyncio.Protocol):
         if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
             return
         data = b"".join(self._queue)
-        self._queue.clear()
+        del self._queue[0 if self._transport else 1:]  # the head of the 101 stays
         self._queued = 0
         if self._behind:
             logger.warning("%r is more than config.max_send_buffer behind: closed", self)
@@ -1180,17 +1184,20 @@ class RedisBus(Bus):
         self._queue: collections.deque[bytes] = collections.deque()
         self._channels: set[str] = set()  # with the prefix
         self._writer: asyncio.StreamWriter | None = None  # while we are logged in
-        self._ready = self._stopping = False
+        self._ready = False
 
     async def start(self) -> None:
+        self._stopping = False
         await self._connect()
         self._ready = True
         self._task = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
         self._stopping = True
-        if self._writer:  # when Redis has read all, it ends the connection, and so the task
-            self._writer.writelines([*self._queue, _command("QUIT")])
+        self._flush()
+        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
+        self._queue.clear()
+        self._held = 0
         await asyncio.wait([self._task], timeout=0.5)
         self._task.cancel()
 
@@ -1211,13 +1218,14 @@ class RedisBus(Bus):
         self._write("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name)
 
     def _write(self, *words: str) -> None:
-        if self._writer:
+        if self._writer and not self._writer.transport.is_closing():
             self._writer.write(_command(*words))
 
     def _flush(self) -> None:
-        if self._ready and self._queue and self._writer and (
-                self._writer.transport.get_write_buffer_size() < _READ_AHEAD):
-            self._writer.write(b"".join(self._queue))
+        writer = self._writer
+        if (writer and self._ready and self._queue and not writer.transport.is_closing() and (
+                writer.transport.get_write_buffer_size() < _READ_AHEAD or self._stopping)):
+            writer.write(b"".join(self._queue))
             if self._dropped:
                 logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
             self._queue.clear()
@@ -1298,7 +1306,8 @@ class RedisBus(Bus):
                         self.deliver(name[len(self._prefix):], words[3])
                     words = [b""]
                 match = _RESP.match(data, at)
-            if not more or len(data) - at > self._limit or not match and b"\r\n" in data[at:]:
+            most = self._limit if match else min(self._limit, _READ_AHEAD)  # of a line
+            if not more or len(data) - at > most or not match and b"\r\n" in data[at:]:
                 raise ConnectionError(f"it said {data[at:at + 200]!r}" if more else "it hung up")
             self._flush()  # Redis has read: there may be room again
 
@@ -1322,7 +1331,8 @@ def unpack_push(settings: Config, channel: str,
     """Raises TypeError or ValueError for what is none, or is too large here."""
     head, body = data.split(b"\n", 1)
     opcode, whole, without, among = load_json(head.decode())
-    push = Push(settings, channel, body if whole else body.decode())
+    text = "" if opcode == BINARY else body.decode()  # what no browser could read is refused
+    push = Push(settings, channel, body if whole else text)
     push._opcode = BINARY if opcode == BINARY else TEXT
     return push, set(without), None if among is None else set(among)
 
@@ -1376,8 +1386,7 @@ class HTTPConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The peer sends no more; what it asked for before is still answered."""
         self._half_closed = True
-        if not self._ended:
-            self._work()
+        self._work()
         return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -1395,9 +1404,11 @@ class HTTPConnection(asyncio.Protocol):
         self._behind = False
         self._app._soon(self._work)
 
-    def is_idle(self) -> bool:
-        """Is it between two requests?"""
-        return not (self.task or self._begun or self._ended)
+    def shut(self) -> None:
+        """Close, if nothing but an answer is under way."""
+        if not (self.task or self._begun or self._ended):
+            self._ended = True
+            self.transport.close()
 
     def _work(self) -> None:
         """Answer the next request, if it has arrived and the peer reads its answers."""
@@ -1435,9 +1446,11 @@ class HTTPConnection(asyncio.Protocol):
         self.task = None
         rest = self._requests.buffer
         upgraded = not task.cancelled() and isinstance(task.result(), ChannelClient)
-        if task.cancelled() or self.transport.is_closing() or upgraded and self._half_closed:
+        if task.cancelled() or self._ended or upgraded and self._half_closed:
             self._app._http.discard(self)  # the server goes down, or the peer is gone
             self.transport.abort()
+        elif upgraded and len(self._app._sockets) >= self._settings.max_clients:
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif upgraded:
             self._app._http.discard(self)
             task.result()._attach(self._writer)
@@ -1454,7 +1467,7 @@ class HTTPConnection(asyncio.Protocol):
                 self._app._soon(self._work)  # not now: others have their turn
 
     def _refuse(self, error: HTTPError) -> None:
-        logger.warning("bad request from %s: %s", self._address, error)
+        logger.warning("refused %s: %s", self._address, error)
         self._ended = True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
@@ -1472,8 +1485,7 @@ class HTTPConnection(asyncio.Protocol):
         elif self._begun:
             self._refuse(HTTPError(408))
         else:
-            self._ended = True
-            self.transport.close()
+            self.shut()
 
 
 class _Origin:
@@ -1773,9 +1785,9 @@ class WebChannels:
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
-            client.channels.add(channel)
             if channel not in self._subscribers and self._bus:
                 self._bus.listen(channel, True)
+            client.channels.add(channel)
             self._subscribers.setdefault(channel, {})[client] = None
         return client.connected
 
@@ -1791,7 +1803,10 @@ class WebChannels:
         subscribers = self._subscribers.get(channel, {})
         subscribers.pop(client, None)
         if not subscribers and self._subscribers.pop(channel, None) is not None and self._bus:
-            self._bus.listen(channel, False)
+            try:
+                self._bus.listen(channel, False)
+            except Exception:  # the client is gone nevertheless
+                logger.exception("the bus did not let go of channel %r", channel)
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
@@ -1888,7 +1903,10 @@ class WebChannels:
     # HTTP.
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        HTTPConnection(self, writer)  # it needs no streams, which would cost half of the speed
+        if self._stopping or self._loop is None:  # its TLS handshake took until now
+            writer.transport.abort()
+        else:
+            HTTPConnection(self, writer)  # it needs no streams: they would cost half of the speed
 
     async def _answer(self, request: Request) -> Response | ChannelClient:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
@@ -1902,7 +1920,9 @@ class WebChannels:
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
-        except (Exception, asyncio.CancelledError) as error:
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
             if self._stopping and isinstance(error, asyncio.CancelledError):
                 raise
             logger.exception("%r failed", request)
@@ -1948,7 +1968,7 @@ class WebChannels:
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
-        if len(self._sockets) >= self.config.max_clients or self._stopping:
+        if self._stopping:
             raise HTTPError(503, headers={"Retry-After": "5"})
         return client
 
@@ -2109,8 +2129,7 @@ class WebChannels:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
         for connection in list(self._http):
-            if connection.is_idle():
-                connection.transport.close()
+            connection.shut()
         for client in list(self._sockets):
             client._shut()
         end = self._now() + self.config.shutdown_timeout
