@@ -1446,7 +1446,8 @@ class HTTPConnection(asyncio.Protocol):
         self.task = None
         rest = self._requests.buffer
         upgraded = not task.cancelled() and isinstance(task.result(), ChannelClient)
-        if task.cancelled() or self._ended or upgraded and self._half_closed:
+        if (task.cancelled() or self._ended or self.transport.is_closing()
+                or upgraded and self._half_closed):
             self._app._http.discard(self)  # the server goes down, or the peer is gone
             self.transport.abort()
         elif upgraded and len(self._app._sockets) >= self._settings.max_clients:
