@@ -2599,6 +2599,43 @@ class UpAndDownTest(unittest.TestCase):
             with self.assertRaisesRegex(ValueError, "reuse_port"):
                 self.app().up(0, block=False, reuse_port=True)
 
+    def test_what_vanishes_over_tls_leaves_nothing(self) -> None:
+        app, started = self.app(), threading.Event()
+        app.config.max_clients = 1
+
+        @app.route("/slow")
+        async def slow() -> str:
+            started.set()
+            await asyncio.sleep(0.1)
+            return "late"
+        with tempfile.TemporaryDirectory() as folder:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(Path(folder)))
+        with serve(app, ssl=context) as url:
+            with Connection(url) as connection:
+                connection.send_raw(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                self.assertTrue(started.wait(10))
+            end = time.monotonic() + 10
+            while request("GET", url).status == 503 and time.monotonic() < end:
+                pass
+            self.assertEqual(request("GET", url).body, b"page")
+
+        async def late() -> bytes:
+            serving = asyncio.ensure_future(app.serve(0, ssl=context))
+            while not app.url:
+                await asyncio.sleep(0)
+            with socket.create_connection(("127.0.0.1", app.port), 10) as sock:
+                app.down()
+                await serving
+                return await asyncio.get_running_loop().run_in_executor(None, ask, sock)
+
+        def ask(sock: socket.socket) -> bytes:
+            with contextlib.suppress(OSError), INSECURE.wrap_socket(sock) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                return connection.recv(99)
+            return b""
+        self.assertEqual(asyncio.run(late()), b"")  # its handshake ends when nobody serves
+
     def test_ipv6_and_tls(self) -> None:
         with serve(self.app(), host="::1") as url:
             self.assertTrue(url.startswith("http://[::1]:"))
