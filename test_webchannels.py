@@ -2625,6 +2625,8 @@ class UpAndDownTest(unittest.TestCase):
             while not app.url:
                 await asyncio.sleep(0)
             with socket.create_connection(("127.0.0.1", app.port), 10) as sock:
+                for _ in range(9):  # turns of the loop, in which it is accepted
+                    await asyncio.sleep(0)
                 app.down()
                 await serving
                 return await asyncio.get_running_loop().run_in_executor(None, ask, sock)
