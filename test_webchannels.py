@@ -841,6 +841,13 @@ class FrameReaderTest(unittest.TestCase):
         # The limit is that of each message.
         self.assertEqual(events([frame(TEXT, b"12345") * 3], 5), [(TEXT, "12345")] * 3)
         # Refused by the header alone, before the payload.
+        self.assertEqual(events([frame(TEXT, b"1234", fin=False),
+                                 frame(CONTINUATION, length=limit - 3)], limit), [(-1, 1009)])
+        self.assertEqual(events([frame(TEXT, b"1234", fin=False),
+                                 frame(CONTINUATION, length=limit - 4)], limit), [])
+        # Close may come inside of a message.
+        self.assertEqual(events([frame(TEXT, b"1", fin=False) + frame(CLOSE, b"\x03\xe8bye")], 9),
+                         [(CLOSE, (1000, "bye"))])
         self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
         for size in (6, 200):
             self.assertEqual(events([frame(TEXT, b"x" * size)], size - 1), [(-1, 1009)])
@@ -1125,6 +1132,8 @@ class FrameReaderTest(unittest.TestCase):
                 "permessage-deflate; server_no_context_takeover; client_no_context_takeover": (
                     answer, 15),
                 "permessage-deflate; server_max_window_bits=8, permessage-deflate": (answer, 15),
+                "permessage-deflate; client_max_window_bits=11; server_max_window_bits=10": (
+                    answer + "; client_max_window_bits=11; server_max_window_bits=10", 10),
                 "foo, bar; x=1, permessage-deflate; server_max_window_bits=12": (
                     answer + "; server_max_window_bits=12", 12),
                 **{f"permessage-deflate; {parameter}": ("", 0) for parameter in (
