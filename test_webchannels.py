@@ -3466,8 +3466,9 @@ sys.stdin.read()
         self.assertIn("NOAUTH", refused(url.format("@").replace("@@", "")))
         with self.assertRaises(ConnectionError):
             self.serving(url.replace("rediss", "redis").format(f":{quoted}"))
-        for bad in (f"redis://:{secret}@localhost", f"http://:{secret}@x", "redis://", "redis://x:y",
-                    f"redis://localhost?password={secret}"):
+        for bad in (f"redis://:{secret}@localhost", f"http://:{secret}@x", "redis://",
+                    "redis://x:y", f"redis://localhost?password={secret}"):
+            self.assertNotIn(secret, repr(Config(redis_url=bad)))
             with self.assertRaisesRegex(ValueError, "config.redis_url is not") as caught:
                 self.new_app(bad).up(0, block=False)
             self.assertNotIn(secret, str(caught.exception))
