@@ -733,18 +733,15 @@ class ChannelError(Exception):
     """Raised by a channel's handler: the sender is told the text as it is."""
 
 
-def _refuse(text: str) -> Any:
-    raise ValueError(f"{text[:20]} is not taken")
-
-
-# Newer Pythons refuse integers of over 4,300 digits by themselves: their cost is quadratic.
+# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
+# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
 _decoder = json.JSONDecoder(
-    parse_constant=_refuse, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
-    lambda text: int(text) if len(text) <= 4300 else _refuse(text))
-_strict = functools.partial(json.JSONEncoder, ensure_ascii=False, allow_nan=False,
-                            separators=(",", ":"))
-_encoder = _strict()
+    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
+    lambda text: int(text if len(text) <= 4300 else ""))
+_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+_encoder = _json(allow_nan=False)
 _quote = _encoder.encode
+_BYTES = (bytes, bytearray, memoryview)
 
 
 def load_json(text: str) -> Any:
@@ -760,25 +757,17 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
-    encoder = _encoder if default is None else _strict(default=default)
-    known = encoder.default
+    encoder = _encoder if default is None else _json(allow_nan=False, default=default)
     try:
         try:
             return encoder.encode(value)
-        except ValueError:  # NaN, an infinity, or a circle: _finite() finds out
-            return _strict(default=lambda other: _finite(known(other))).encode(_finite(value))
+        except ValueError:  # NaN, an infinity, or a circle, which is told again
+            text = _json(default=default).encode(value)
+            return _quote(json.loads(text, parse_constant=lambda name: None))
     except RecursionError:
         raise ValueError("the payload is circular or nested too deep") from None
     except TypeError as error:
         raise TypeError(f"{error}: set config.json_default to what converts it") from None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 class Push:
@@ -798,7 +787,7 @@ class Push:
             enveloped = f"{body}}}".encode()
             # Without the subprotocol a plain string travels as it is.
             self._bodies = (message.encode() if payload is None else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+        elif isinstance(message, _BYTES) and payload is None:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
@@ -883,7 +872,7 @@ class ChannelClient(asyncio.Protocol):
         self._heard = True
         self._since = 0.0  # when the sweep last found that something had been heard
         self._pinged = False
-        self._frame_mark = (0, 0.0)  # the unfinished frame that the sweep saw first, and when
+        self._frame_mark = (-1, 0.0)  # the unfinished frame that the sweep saw first, and when
         self._closing = False  # a Close frame was sent, or never will be
         self._ended = False  # the peer sends no more
         self._deadline = 0.0  # when the connection is cut; 0: it is not closing
@@ -945,7 +934,6 @@ class ChannelClient(asyncio.Protocol):
                 self._pending.append(event)
                 if kind == CLOSE:
                     self._leave()
-        self._corked = False
         self._work()
         if self._pending or self._frames.more:
             self._held += len(data)
@@ -957,21 +945,20 @@ class ChannelClient(asyncio.Protocol):
         """The peer sends no more; what it asked for before is still answered."""
         self._ended = True
         self._leave()
-        self._set_deadline()
-        owed = self._task or self._pending or self._queue
-        return bool(owed and self._transport.can_write_eof())  # TLS has no half-closed connections
+        self._deadline = self._app._now() + self._app.config.handshake_timeout
+        self._work()
+        # TLS has no half-closed connections.
+        return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """The connection is gone."""
         if self._closing:
             self._pending.clear()  # nothing is taken after our Close frame
-        self._closing = self._ended = True
+        self._closing = True
         self._writer = None  # it is large, and disconnected_clients() may list this for a while
         self._behind = False
         self._leave()
         self._work()  # what arrived before is handled still
-        if not self._task:  # while a handler runs, this counts against config.max_clients
-            self._app._sockets.discard(self)
 
     def pause_writing(self) -> None:
         """The transport is full."""
@@ -988,13 +975,11 @@ class ChannelClient(asyncio.Protocol):
     def _work(self) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
         self._corked = True
-        pending, turns = self._pending, 0
+        pending = self._pending
         try:
-            while pending and not self._task and not self._behind:
-                if turns == _TURN:
-                    self._app._soon(self._work)
+            for _ in range(_TURN):
+                if not pending or self._task or self._behind:
                     break
-                turns += 1
                 kind, data = pending.popleft()
                 if kind == TEXT or kind == BINARY:
                     if not self._closing or not self._writer:
@@ -1009,6 +994,8 @@ class ChannelClient(asyncio.Protocol):
                         self._hang_up()
                 if self._queued > _READ_AHEAD:
                     self._flush()
+            else:
+                self._app._soon(self._work)
         finally:
             self._corked = False
             self._flush()
@@ -1017,21 +1004,13 @@ class ChannelClient(asyncio.Protocol):
         self._held = 0  # all that arrived is handled
         if self._frames.more:
             self._app._soon(self.data_received, b"")
+        elif not self._writer:  # until now it counted against config.max_clients
+            self._app._sockets.discard(self)
         elif self._ended:
             self._hang_up()
         elif not self._reading:
             self._reading = True
             self._transport.resume_reading()
-
-    def _await(self, answer: Coroutine[Any, Any, None]) -> None:
-        """Run a handler's coroutine; the messages behind it wait."""
-        def done(task: asyncio.Future[None]) -> None:
-            self._task = None
-            self._work()
-            if not self._writer and not self._task:
-                self._app._sockets.discard(self)
-        self._task = asyncio.ensure_future(answer)
-        self._task.add_done_callback(done)
 
     # What is sent.
 
@@ -1076,7 +1055,7 @@ class ChannelClient(asyncio.Protocol):
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
             self._closing = True
-            self._set_deadline()
+            self._deadline = self._app._now() + self._app.config.handshake_timeout
         self._leave()
 
     def _hang_up(self, half: bool = False) -> None:
@@ -1085,17 +1064,12 @@ class ChannelClient(asyncio.Protocol):
         When a connection fails (RFC 6455, 7.1.7), the peer may still be sending: it is only
         half-closed then and read to its end, or the peer might lose our Close frame to a reset.
         """
-        self._closing = True
-        self._set_deadline()
         self._flush()
         if half and self._transport.can_write_eof():
             with contextlib.suppress(OSError):  # the peer is gone already
                 self._transport.write_eof()
         else:
             self._transport.close()
-
-    def _set_deadline(self) -> None:
-        self._deadline = self._app._now() + self._app.config.handshake_timeout
 
     def _shut(self) -> None:
         """The server goes down: close after the handler that is running."""
@@ -1117,13 +1091,14 @@ class ChannelClient(asyncio.Protocol):
             self._heard = self._pinged = False
             self._since = now
         silent = now - self._since
-        size, mark = self._frames.unfinished, self._frames.frames + 1
-        if not size or not self._reading or self._frame_mark[0] != mark:
-            self._frame_mark = (mark if size and self._reading else 0, now)
+        size = self._frames.unfinished if self._reading else 0
+        frame = self._frames.frames if size else -1
+        if frame != self._frame_mark[0]:
+            self._frame_mark = (frame, now)
         if self._deadline:
             if now >= self._deadline:
                 self._abort("it did not close in time")
-        elif now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
+        elif size and now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
             self._close(1013, "frame not finished in time")
         elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
             self._abort("no answer to a ping")
@@ -1492,13 +1467,12 @@ class HTTPConnection(asyncio.Protocol):
 class _Origin:
     """Where a message came from, and so how the reply goes back: in the sender's dialect."""
 
-    __slots__ = ("channel", "client", "message", "raw", "ref")
+    path = "/"  # of the channel's handler: this is the one for what is not an envelope
+    channel = message = ""
+    ref: Any = None
 
     def __init__(self, client: ChannelClient) -> None:
         self.client = client
-        self.raw = True  # not an envelope
-        self.channel = self.message = ""
-        self.ref: Any = None
 
     def read(self, data: str | bytes) -> Any:
         """Take the fields of an envelope and return its payload; what is none is the payload.
@@ -1516,7 +1490,6 @@ class _Origin:
             return data
         if "channel" not in envelope or text[end:].strip(" \t\r\n"):
             return data
-        self.raw = False
         channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
         if ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53:
             self.ref = ref
@@ -1525,13 +1498,14 @@ class _Origin:
                 or self.ref is not ref):
             raise HTTPError(400, "Bad message")
         self.channel, self.message = channel, message
+        self.path = f"/{channel}/{message}"
         return envelope.get("payload")
 
     def reply(self, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         client, settings = self.client, self.client._app.config
         v1, bits = client._dialect
-        if isinstance(result, (bytes, bytearray, memoryview)):
+        if isinstance(result, _BYTES):
             client._push(Push(settings, "", bytes(result)))
             result = None  # a binary frame has no place for the ref
         if v1 and self.ref is not None:
@@ -1540,7 +1514,7 @@ class _Origin:
             return
         elif not v1 and isinstance(result, str):
             text = result
-        elif not v1 and self.raw:
+        elif not v1 and self.path == "/":
             text = dump_json(result, settings.json_default)
         else:
             message, payload = (result, None) if isinstance(result, str) else (self.message, result)
@@ -1550,27 +1524,28 @@ class _Origin:
         check_size(settings, body)
         client._write(encode_message(TEXT, body, bits, settings.compression_threshold))
 
-    async def reply_later(self, result: asyncio.Future[Any]) -> None:
-        """Send what the handler will return."""
-        try:
-            self.reply(await result)
-        except (Exception, asyncio.CancelledError) as error:
-            result.cancel()
-            self.fail(error)
+    def reply_later(self, result: asyncio.Future[Any]) -> None:
+        """Send what the handler will return; the client's other messages wait until then."""
+        def done(result: asyncio.Future[Any]) -> None:
+            try:
+                self.reply(result.result())
+            except (Exception, asyncio.CancelledError) as error:
+                self.fail(error)
+            self.client._task = None
+            self.client._work()
+        self.client._task = result
+        result.add_done_callback(done)
 
     def fail(self, error: BaseException) -> None:
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
-        path = f"/{self.channel}/{self.message}"
         text = "ERROR : 500 - Internal error"
         if isinstance(error, ChannelError):
             text = str(error)
         elif isinstance(error, HTTPError):
             text = f"ERROR : {error.status} - {error.text}"
-            logger.info("%r: %s: %s", self.client, path, text)
-        elif isinstance(error, asyncio.CancelledError):
-            logger.error("the handler of %s was cancelled", path)
+            logger.info("%r: %s: %s", self.client, self.path, text)
         else:
-            logger.error("the handler of %s failed", path, exc_info=error)
+            logger.error("the handler of %s failed", self.path, exc_info=error)
         if self.client._dialect[0]:
             about = {"channel": self.channel, "message": self.message}
             text = _quote({"error": text, **(about if self.ref is None else {"ref": self.ref})})
@@ -1872,8 +1847,7 @@ class WebChannels:
         origin = _Origin(client)
         try:
             payload = origin.read(data)
-            found = self._channels.find("/" if origin.raw else
-                                        f"/{origin.channel}/{origin.message}")
+            found = self._channels.find(origin.path)
             if found is None:
                 if data != "":  # a keep-alive
                     origin.reply(self._default(client, origin.channel, origin.message))
@@ -1885,7 +1859,7 @@ class WebChannels:
                 given = {**dict(zip(endpoint.path_names, found[1])), **given}
             result = self._start(endpoint, given)
             if isinstance(result, asyncio.Future):
-                client._await(origin.reply_later(result))
+                origin.reply_later(result)
             else:
                 origin.reply(result)
         except (Exception, asyncio.CancelledError) as error:
