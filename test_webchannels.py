@@ -2138,6 +2138,19 @@ class MessagesTest(ServerTest):
         self.assertEqual(client.recv_text(), "later 0.1")
         self.assertEqual(client.rest(), b"")
 
+    def test_a_half_closed_peer_that_broke_the_protocol_is_not_waited_for(self) -> None:
+        self.app.config.max_clients, self.app.config.handshake_timeout = 1, 60
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "hold"})
+        self.assertTrue(self.entered.wait(10))
+        client.send_raw(frame(3))
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        self.release.set()
+        self.assertEqual(client.recv_text(), "released")
+        self.assertEqual(client.recv_close()[0], 1002)
+        self.connect_at_last()
+
     def test_a_half_closed_peer_gets_all_that_is_queued(self) -> None:
         self.app.config.max_send_buffer = 64 << 20
         client = self.subscribed()
@@ -2386,6 +2399,9 @@ class RegistryTest(ServerTest):
                 ("tick", [float("nan"), float("inf"), (1.5,), {"a": -float("inf")}], None,
                  {"channel": "____", "message": "tick",
                   "payload": [None, None, [1.5], {"a": None}]}),
+                ("tick", ["NaN", {"-Infinity": float("nan")}, "\u20ac"], None,
+                 {"channel": "____", "message": "tick",
+                  "payload": ["NaN", {"-Infinity": None}, "\u20ac"]}),
                 ('{"ref":1}', None, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
             self.assertTrue(app.broadcast("____", message, payload))
             for client in clients:

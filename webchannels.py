@@ -739,7 +739,7 @@ _decoder = json.JSONDecoder(
     parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
     lambda text: int(text if len(text) <= 4300 else ""))
 _json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
-_encoder = _json(allow_nan=False)
+_encoder = _json()
 _quote = _encoder.encode
 _BYTES = (bytes, bytearray, memoryview)
 
@@ -757,13 +757,12 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
-    encoder = _encoder if default is None else _json(allow_nan=False, default=default)
+    encoder = _encoder if default is None else _json(default=default)
     try:
-        try:
-            return encoder.encode(value)
-        except ValueError:  # NaN, an infinity, or a circle, which is told again
-            text = _json(default=default).encode(value)
-            return _quote(json.loads(text, parse_constant=lambda name: None))
+        text = encoder.encode(value)
+        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
+            text = _quote(json.loads(text, parse_constant=lambda name: None))
+        return text
     except RecursionError:
         raise ValueError("the payload is circular or nested too deep") from None
     except TypeError as error:
@@ -810,12 +809,8 @@ def check_size(settings: Config, body: bytes) -> None:
 
 # ------------------------------------------------------------------------------------ clients
 
-SHUT = -2  # the event of the server's going down; no opcode
 _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
-_TURN = 256  # messages of one client handled in a row, before others have their turn
-_EMPTY = encode_frame(TEXT, b"")
-_PING = encode_frame(PING, b"")
 # What the handler that is running may ask for.
 _params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
@@ -875,7 +870,7 @@ class ChannelClient(asyncio.Protocol):
         self._frame_mark = (-1, 0.0)  # the unfinished frame that the sweep saw first, and when
         self._closing = False  # a Close frame was sent, or never will be
         self._ended = False  # the peer sends no more
-        self._deadline = 0.0  # when the connection is cut; 0: it is not closing
+        self._deadline = math.inf  # when the connection is cut, if it is not over by then
 
     def __repr__(self) -> str:
         return (f"<ChannelClient {self.id} {self.address} "
@@ -922,17 +917,17 @@ class ChannelClient(asyncio.Protocol):
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
-        """The peer's bytes."""
         self._heard = self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
                 self._write(encode_frame(PONG, event[1]))
             elif kind == TEXT and not event[1] and self._dialect[0]:
-                self._write(_EMPTY)  # a keep-alive is answered even while a handler is busy
+                self._write(encode_frame(TEXT, b""))  # a keep-alive, also while a handler is busy
             elif kind != PONG:
                 self._pending.append(event)
                 if kind == CLOSE:
+                    self._ended = True
                     self._leave()
         self._work()
         if self._pending or self._frames.more:
@@ -951,7 +946,6 @@ class ChannelClient(asyncio.Protocol):
         return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is gone."""
         if self._closing:
             self._pending.clear()  # nothing is taken after our Close frame
         self._closing = True
@@ -977,7 +971,7 @@ class ChannelClient(asyncio.Protocol):
         self._corked = True
         pending = self._pending
         try:
-            for _ in range(_TURN):
+            for _ in range(256):  # then others have their turn
                 if not pending or self._task or self._behind:
                     break
                 kind, data = pending.popleft()
@@ -987,11 +981,16 @@ class ChannelClient(asyncio.Protocol):
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s", self, data)
                     self._close(data.code, data.reason)
-                    self._hang_up(half=True)
+                    self._flush()
+                    # The peer may be sending still: it is read to its end (RFC 6455, 7.1.7), or
+                    # it might lose our Close frame to a reset.
+                    if self._transport.can_write_eof():
+                        with contextlib.suppress(OSError):  # the peer is gone already
+                            self._transport.write_eof()
+                    else:
+                        self._ended = True
                 else:
                     self._close(*data)
-                    if kind == CLOSE:
-                        self._hang_up()
                 if self._queued > _READ_AHEAD:
                     self._flush()
             else:
@@ -1007,7 +1006,7 @@ class ChannelClient(asyncio.Protocol):
         elif not self._writer:  # until now it counted against config.max_clients
             self._app._sockets.discard(self)
         elif self._ended:
-            self._hang_up()
+            self._transport.close()
         elif not self._reading:
             self._reading = True
             self._transport.resume_reading()
@@ -1021,14 +1020,13 @@ class ChannelClient(asyncio.Protocol):
     def _write(self, frame: bytes) -> None:
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
-        if not self._corked and not self._behind:  # the queue is empty then
-            if not self._transport.is_closing():
-                self._transport.write(frame)
-            return
-        self._queue.append(frame)
-        self._queued += len(frame)
-        if not self._corked:
-            self._flush()
+        if self._corked or self._behind:
+            self._queue.append(frame)
+            self._queued += len(frame)
+            if not self._corked:
+                self._flush()
+        elif not self._transport.is_closing():  # and the queue is empty
+            self._transport.write(frame)
 
     def _flush(self) -> None:
         if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
@@ -1058,29 +1056,15 @@ class ChannelClient(asyncio.Protocol):
             self._deadline = self._app._now() + self._app.config.handshake_timeout
         self._leave()
 
-    def _hang_up(self, half: bool = False) -> None:
-        """End the connection when all is written.
-
-        When a connection fails (RFC 6455, 7.1.7), the peer may still be sending: it is only
-        half-closed then and read to its end, or the peer might lose our Close frame to a reset.
-        """
-        self._flush()
-        if half and self._transport.can_write_eof():
-            with contextlib.suppress(OSError):  # the peer is gone already
-                self._transport.write_eof()
-        else:
-            self._transport.close()
-
     def _shut(self) -> None:
         """The server goes down: close after the handler that is running."""
         self._leave()
         self._pending.clear()
-        self._pending.append((SHUT, (1001, "server going down")))
+        self._pending.append((CLOSE, (1001, "server going down")))
         self._work()
 
     def _abort(self, why: str) -> None:
         logger.info("%r dropped: %s", self, why)
-        self._leave()
         self._transport.abort()
 
     def _check(self, now: float, settings: Config) -> None:
@@ -1095,16 +1079,15 @@ class ChannelClient(asyncio.Protocol):
         frame = self._frames.frames if size else -1
         if frame != self._frame_mark[0]:
             self._frame_mark = (frame, now)
-        if self._deadline:
-            if now >= self._deadline:
-                self._abort("it did not close in time")
+        if now >= self._deadline:
+            self._abort("it did not close in time")
         elif size and now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
             self._close(1013, "frame not finished in time")
         elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
             self._abort("no answer to a ping")
         elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
             self._pinged = True
-            self._write(_PING)
+            self._write(encode_frame(PING, b""))
 
 
 # ---------------------------------------------------------------------------------------- bus
@@ -1467,12 +1450,13 @@ class HTTPConnection(asyncio.Protocol):
 class _Origin:
     """Where a message came from, and so how the reply goes back: in the sender's dialect."""
 
-    path = "/"  # of the channel's handler: this is the one for what is not an envelope
-    channel = message = ""
-    ref: Any = None
+    __slots__ = ("channel", "client", "message", "path", "ref")
 
     def __init__(self, client: ChannelClient) -> None:
         self.client = client
+        self.path = "/"  # of the handler: this is the one for what is not an envelope
+        self.channel = self.message = ""
+        self.ref: Any = None
 
     def read(self, data: str | bytes) -> Any:
         """Take the fields of an envelope and return its payload; what is none is the payload.
@@ -1484,9 +1468,7 @@ class _Origin:
             return data
         try:
             envelope, end = _decoder.raw_decode(text)
-        except RecursionError:
-            raise HTTPError(400, "JSON nested too deep") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             return data
         if "channel" not in envelope or text[end:].strip(" \t\r\n"):
             return data
@@ -1527,11 +1509,11 @@ class _Origin:
     def reply_later(self, result: asyncio.Future[Any]) -> None:
         """Send what the handler will return; the client's other messages wait until then."""
         def done(result: asyncio.Future[Any]) -> None:
+            self.client._task = None
             try:
                 self.reply(result.result())
             except (Exception, asyncio.CancelledError) as error:
                 self.fail(error)
-            self.client._task = None
             self.client._work()
         self.client._task = result
         result.add_done_callback(done)
