@@ -772,8 +772,6 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
 
-    __slots__ = ("_bodies", "_frames", "_opcode", "_threshold")
-
     def __init__(self, settings: Config, channel: str, message: str | bytes,
                  payload: Any = None) -> None:
         """Raises TypeError or ValueError for what cannot be sent."""
@@ -932,7 +930,7 @@ class ChannelClient(asyncio.Protocol):
         self._work()
         if self._pending or self._frames.more:
             self._held += len(data)
-            if self._reading and (self._held > _READ_AHEAD or self._frames.more):
+            if self._held > _READ_AHEAD or self._frames.more:
                 self._reading = False
                 self._transport.pause_reading()
 
@@ -946,9 +944,6 @@ class ChannelClient(asyncio.Protocol):
         return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._closing:
-            self._pending.clear()  # nothing is taken after our Close frame
-        self._closing = True
         self._writer = None  # it is large, and disconnected_clients() may list this for a while
         self._behind = False
         self._leave()
@@ -976,7 +971,7 @@ class ChannelClient(asyncio.Protocol):
                     break
                 kind, data = pending.popleft()
                 if kind == TEXT or kind == BINARY:
-                    if not self._closing or not self._writer:
+                    if not self._closing:
                         self._app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s", self, data)
