@@ -1445,8 +1445,6 @@ class HTTPConnection(asyncio.Protocol):
 class _Origin:
     """Where a message came from, and so how the reply goes back: in the sender's dialect."""
 
-    __slots__ = ("channel", "client", "message", "path", "ref")
-
     def __init__(self, client: ChannelClient) -> None:
         self.client = client
         self.path = "/"  # of the handler: this is the one for what is not an envelope
