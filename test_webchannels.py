@@ -1698,6 +1698,11 @@ class TimeLimitsTest(ServerTest):
 
     def test_a_frame_must_be_finished(self) -> None:
         client = self.connect()
+        client.send_json({"channel": "____", "message": "slow"})
+        for _ in range(2):  # more than is read while a handler is busy
+            client.send_frame(BINARY, bytes(500_000))
+        self.assertEqual([client.recv_text() for _ in range(3)],
+                         ["slept", *["ERROR : 404 - Not found"] * 2])
         client.send_raw(frame(BINARY, b"abc", length=50))
         for _ in range(4):
             time.sleep(0.1)
@@ -1706,10 +1711,18 @@ class TimeLimitsTest(ServerTest):
 
     def test_a_close_that_is_not_answered(self) -> None:
         client = self.connect(auto_reply=False)
+        self.app.config.ping_interval = 0
         self.app.connected_clients()[0].close(3000, "bye")
         with self.assertRaises(Closed) as closed:
             client.recv()
         self.assertEqual((closed.exception.code, closed.exception.reason), (3000, "bye"))
+        self.assertEqual(client.rest(5), b"")
+
+    def test_a_half_closed_peer_is_not_answered_for_ever(self) -> None:
+        self.app.config.ping_interval = 0
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "slow"})
+        client.sock.shutdown(socket.SHUT_WR)
         self.assertEqual(client.rest(5), b"")
 
     def test_a_busy_client_is_not_silent(self) -> None:
@@ -2146,6 +2159,31 @@ class MessagesTest(ServerTest):
         client.sock.shutdown(socket.SHUT_WR)
         self.assertEqual(client.recv_text(), "later 0.1")
         self.assertEqual(client.rest(), b"")
+        self.app.config.handshake_timeout = 60
+        client = self.connect()
+        client.sock.shutdown(socket.SHUT_WR)  # nothing is owed
+        self.assertEqual(client.rest(5), b"")
+
+    def test_who_is_still_sending_can_read_why_it_is_closed(self) -> None:
+        client = self.connect()
+        client.send_raw(frame(3))
+        self.assertEqual(client.recv_close()[0], 1002)
+        self.assertEqual(client.rest(), b"")
+        for _ in range(100):  # a reset would make this fail
+            client.send_raw(b"x" * 1000)
+
+    def test_a_half_closed_peer_that_broke_the_protocol_is_not_waited_for(self) -> None:
+        self.app.config.max_clients, self.app.config.handshake_timeout = 1, 60
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "hold"})
+        self.assertTrue(self.entered.wait(10))
+        client.send_raw(frame(3))
+        client.sock.shutdown(socket.SHUT_WR)
+        self.until(lambda: not self.app.connected_clients())  # the end has arrived
+        self.release.set()
+        self.assertEqual(client.recv_text(), "released")
+        self.assertEqual(client.recv_close()[0], 1002)
+        self.connect_at_last()
 
     def test_a_half_closed_peer_gets_all_that_is_queued(self) -> None:
         self.app.config.max_send_buffer = 64 << 20
@@ -2203,10 +2241,54 @@ class MessagesTest(ServerTest):
         self.until(lambda: len(handled) == 3)
         self.assertEqual(handled, [0, 1, 2])
 
+    def test_what_waited_behind_the_servers_close_is_not_handled_after_a_reset(self) -> None:
+        handled: list[Any] = []
+        self.app.channel("/____/note", lambda payload: handled.append(payload))
+        client = self.connect()
+        client.send_json({"channel": "____", "message": "hold"})
+        client.send_json({"channel": "____", "message": "note", "payload": 1})
+        client.send_frame(PING)
+        self.assertEqual(client.recv(), (PONG, b""))  # what was sent before is there, too
+        self.app.config.max_clients = 1
+        self.app.connected_clients()[0].close(4000)
+        client.reset()
+        self.release.set()
+        self.connect_at_last()
+        self.assertEqual(handled, [])
+
+    def test_many_messages_of_one_client_let_others_have_their_turn(self) -> None:
+        handled, turns, count = [0], [], 600
+
+        def note() -> None:
+            handled[0] += 1
+            if handled[0] == 1:
+                asyncio.get_running_loop().call_soon(lambda: turns.append(handled[0]))
+
+        self.app.channel("/____/note", note)
+        client = self.connect()
+        client.send_raw(frame(TEXT, b'{"channel":"____","message":"note"}') * count)
+        self.until(lambda: handled[0] == count)
+        self.assertLessEqual(turns[0], 256)
+
     def test_reading_stops_while_a_handler_is_busy(self) -> None:
         self.app.channel("/____/wait", self.wait)
         self.app.config.shutdown_timeout = 0.2
-        client = self.connect()
+        client, other = self.connect(), self.connect()
+        client.send_json({"channel": "____", "message": "hold"})
+        for _ in range(20):
+            client.send_text("x" * 20_000)
+        other.send_json({"channel": "____", "message": "release"})
+        self.assertEqual(client.recv_text(), "released")
+        for _ in range(20):  # it is read again
+            self.assertEqual(client.recv_text(), "ERROR : 404 - Not found")
+        self.release.clear()
+        client.send_json({"channel": "____", "message": "hold"})
+        for name in b"1", b"2":  # and noticed while it is busy again
+            client.send_json({"channel": "____", "message": "none"})
+            client.send_frame(PING, name)
+            self.assertEqual(client.recv(), (PONG, name))
+        self.release.set()
+        self.assertEqual(client.recv_text(), "released")
         client.send_json({"channel": "____", "message": "wait"})
         message = json.dumps({"channel": "____", "message": "echo", "payload": "x" * 9000})
         client.sock.settimeout(1)
@@ -2395,6 +2477,11 @@ class RegistryTest(ServerTest):
                 ("tick", [float("nan"), float("inf"), (1.5,), {"a": -float("inf")}], None,
                  {"channel": "____", "message": "tick",
                   "payload": [None, None, [1.5], {"a": None}]}),
+                ("tick", [-float("inf")], None,
+                 {"channel": "____", "message": "tick", "payload": [None]}),
+                ("tick", ["NaN", {"-Infinity": float("nan")}, "\u20ac"], None,
+                 {"channel": "____", "message": "tick",
+                  "payload": ["NaN", {"-Infinity": None}, "\u20ac"]}),
                 ('{"ref":1}', None, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
             self.assertTrue(app.broadcast("____", message, payload))
             for client in clients:

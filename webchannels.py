@@ -733,18 +733,15 @@ class ChannelError(Exception):
     """Raised by a channel's handler: the sender is told the text as it is."""
 
 
-def _refuse(text: str) -> Any:
-    raise ValueError(f"{text[:20]} is not taken")
-
-
-# Newer Pythons refuse integers of over 4,300 digits by themselves: their cost is quadratic.
+# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
+# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
 _decoder = json.JSONDecoder(
-    parse_constant=_refuse, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
-    lambda text: int(text) if len(text) <= 4300 else _refuse(text))
-_strict = functools.partial(json.JSONEncoder, ensure_ascii=False, allow_nan=False,
-                            separators=(",", ":"))
-_encoder = _strict()
+    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
+    lambda text: int(text if len(text) <= 4300 else ""))
+_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+_encoder = _json()
 _quote = _encoder.encode
+_BYTES = (bytes, bytearray, memoryview)
 
 
 def load_json(text: str) -> Any:
@@ -760,31 +757,20 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
-    encoder = _encoder if default is None else _strict(default=default)
-    known = encoder.default
+    encoder = _encoder if default is None else _json(default=default)
     try:
-        try:
-            return encoder.encode(value)
-        except ValueError:  # NaN, an infinity, or a circle: _finite() finds out
-            return _strict(default=lambda other: _finite(known(other))).encode(_finite(value))
+        text = encoder.encode(value)
+        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
+            text = _quote(json.loads(text, parse_constant=lambda name: None))
+        return text
     except RecursionError:
         raise ValueError("the payload is circular or nested too deep") from None
     except TypeError as error:
         raise TypeError(f"{error}: set config.json_default to what converts it") from None
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
-
-    __slots__ = ("_bodies", "_frames", "_opcode", "_threshold")
 
     def __init__(self, settings: Config, channel: str, message: str | bytes,
                  payload: Any = None) -> None:
@@ -798,7 +784,7 @@ class Push:
             enveloped = f"{body}}}".encode()
             # Without the subprotocol a plain string travels as it is.
             self._bodies = (message.encode() if payload is None else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+        elif isinstance(message, _BYTES) and payload is None:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
@@ -821,12 +807,8 @@ def check_size(settings: Config, body: bytes) -> None:
 
 # ------------------------------------------------------------------------------------ clients
 
-SHUT = -2  # the event of the server's going down; no opcode
 _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
-_TURN = 256  # messages of one client handled in a row, before others have their turn
-_EMPTY = encode_frame(TEXT, b"")
-_PING = encode_frame(PING, b"")
 # What the handler that is running may ask for.
 _params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
@@ -883,10 +865,10 @@ class ChannelClient(asyncio.Protocol):
         self._heard = True
         self._since = 0.0  # when the sweep last found that something had been heard
         self._pinged = False
-        self._frame_mark = (0, 0.0)  # the unfinished frame that the sweep saw first, and when
+        self._frame_mark = (-1, 0.0)  # the unfinished frame that the sweep saw first, and when
         self._closing = False  # a Close frame was sent, or never will be
         self._ended = False  # the peer sends no more
-        self._deadline = 0.0  # when the connection is cut; 0: it is not closing
+        self._deadline = math.inf  # when the connection is cut, if it is not over by then
 
     def __repr__(self) -> str:
         return (f"<ChannelClient {self.id} {self.address} "
@@ -933,23 +915,22 @@ class ChannelClient(asyncio.Protocol):
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
-        """The peer's bytes."""
         self._heard = self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
                 self._write(encode_frame(PONG, event[1]))
             elif kind == TEXT and not event[1] and self._dialect[0]:
-                self._write(_EMPTY)  # a keep-alive is answered even while a handler is busy
+                self._write(encode_frame(TEXT, b""))  # a keep-alive, also while a handler is busy
             elif kind != PONG:
                 self._pending.append(event)
                 if kind == CLOSE:
+                    self._ended = True
                     self._leave()
-        self._corked = False
         self._work()
         if self._pending or self._frames.more:
             self._held += len(data)
-            if self._reading and (self._held > _READ_AHEAD or self._frames.more):
+            if self._held > _READ_AHEAD or self._frames.more:
                 self._reading = False
                 self._transport.pause_reading()
 
@@ -957,21 +938,16 @@ class ChannelClient(asyncio.Protocol):
         """The peer sends no more; what it asked for before is still answered."""
         self._ended = True
         self._leave()
-        self._set_deadline()
-        owed = self._task or self._pending or self._queue
-        return bool(owed and self._transport.can_write_eof())  # TLS has no half-closed connections
+        self._deadline = self._app._now() + self._app.config.handshake_timeout
+        self._work()
+        # TLS has no half-closed connections.
+        return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is gone."""
-        if self._closing:
-            self._pending.clear()  # nothing is taken after our Close frame
-        self._closing = self._ended = True
         self._writer = None  # it is large, and disconnected_clients() may list this for a while
         self._behind = False
         self._leave()
         self._work()  # what arrived before is handled still
-        if not self._task:  # while a handler runs, this counts against config.max_clients
-            self._app._sockets.discard(self)
 
     def pause_writing(self) -> None:
         """The transport is full."""
@@ -988,27 +964,32 @@ class ChannelClient(asyncio.Protocol):
     def _work(self) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
         self._corked = True
-        pending, turns = self._pending, 0
+        pending = self._pending
         try:
-            while pending and not self._task and not self._behind:
-                if turns == _TURN:
-                    self._app._soon(self._work)
+            for _ in range(256):  # then others have their turn
+                if not pending or self._task or self._behind:
                     break
-                turns += 1
                 kind, data = pending.popleft()
                 if kind == TEXT or kind == BINARY:
-                    if not self._closing or not self._writer:
+                    if not self._closing:
                         self._app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s", self, data)
                     self._close(data.code, data.reason)
-                    self._hang_up(half=True)
+                    self._flush()
+                    # The peer may be sending still: it is read to its end (RFC 6455, 7.1.7), or
+                    # it might lose our Close frame to a reset.
+                    if self._transport.can_write_eof():
+                        with contextlib.suppress(OSError):  # the peer is gone already
+                            self._transport.write_eof()
+                    else:
+                        self._ended = True
                 else:
                     self._close(*data)
-                    if kind == CLOSE:
-                        self._hang_up()
                 if self._queued > _READ_AHEAD:
                     self._flush()
+            else:
+                self._app._soon(self._work)
         finally:
             self._corked = False
             self._flush()
@@ -1017,21 +998,13 @@ class ChannelClient(asyncio.Protocol):
         self._held = 0  # all that arrived is handled
         if self._frames.more:
             self._app._soon(self.data_received, b"")
+        elif not self._writer:  # until now it counted against config.max_clients
+            self._app._sockets.discard(self)
         elif self._ended:
-            self._hang_up()
+            self._transport.close()
         elif not self._reading:
             self._reading = True
             self._transport.resume_reading()
-
-    def _await(self, answer: Coroutine[Any, Any, None]) -> None:
-        """Run a handler's coroutine; the messages behind it wait."""
-        def done(task: asyncio.Future[None]) -> None:
-            self._task = None
-            self._work()
-            if not self._writer and not self._task:
-                self._app._sockets.discard(self)
-        self._task = asyncio.ensure_future(answer)
-        self._task.add_done_callback(done)
 
     # What is sent.
 
@@ -1042,14 +1015,13 @@ class ChannelClient(asyncio.Protocol):
     def _write(self, frame: bytes) -> None:
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
-        if not self._corked and not self._behind:  # the queue is empty then
-            if not self._transport.is_closing():
-                self._transport.write(frame)
-            return
-        self._queue.append(frame)
-        self._queued += len(frame)
-        if not self._corked:
-            self._flush()
+        if self._corked or self._behind:
+            self._queue.append(frame)
+            self._queued += len(frame)
+            if not self._corked:
+                self._flush()
+        elif not self._transport.is_closing():  # and the queue is empty
+            self._transport.write(frame)
 
     def _flush(self) -> None:
         if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
@@ -1076,37 +1048,18 @@ class ChannelClient(asyncio.Protocol):
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
             self._closing = True
-            self._set_deadline()
+            self._deadline = self._app._now() + self._app.config.handshake_timeout
         self._leave()
-
-    def _hang_up(self, half: bool = False) -> None:
-        """End the connection when all is written.
-
-        When a connection fails (RFC 6455, 7.1.7), the peer may still be sending: it is only
-        half-closed then and read to its end, or the peer might lose our Close frame to a reset.
-        """
-        self._closing = True
-        self._set_deadline()
-        self._flush()
-        if half and self._transport.can_write_eof():
-            with contextlib.suppress(OSError):  # the peer is gone already
-                self._transport.write_eof()
-        else:
-            self._transport.close()
-
-    def _set_deadline(self) -> None:
-        self._deadline = self._app._now() + self._app.config.handshake_timeout
 
     def _shut(self) -> None:
         """The server goes down: close after the handler that is running."""
         self._leave()
         self._pending.clear()
-        self._pending.append((SHUT, (1001, "server going down")))
+        self._pending.append((CLOSE, (1001, "server going down")))
         self._work()
 
     def _abort(self, why: str) -> None:
         logger.info("%r dropped: %s", self, why)
-        self._leave()
         self._transport.abort()
 
     def _check(self, now: float, settings: Config) -> None:
@@ -1117,19 +1070,19 @@ class ChannelClient(asyncio.Protocol):
             self._heard = self._pinged = False
             self._since = now
         silent = now - self._since
-        size, mark = self._frames.unfinished, self._frames.frames + 1
-        if not size or not self._reading or self._frame_mark[0] != mark:
-            self._frame_mark = (mark if size and self._reading else 0, now)
-        if self._deadline:
-            if now >= self._deadline:
-                self._abort("it did not close in time")
-        elif now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
+        size = self._frames.unfinished if self._reading else 0
+        frame = self._frames.frames if size else -1
+        if frame != self._frame_mark[0]:
+            self._frame_mark = (frame, now)
+        if now >= self._deadline:
+            self._abort("it did not close in time")
+        elif size and now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
             self._close(1013, "frame not finished in time")
         elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
             self._abort("no answer to a ping")
         elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
             self._pinged = True
-            self._write(_PING)
+            self._write(encode_frame(PING, b""))
 
 
 # ---------------------------------------------------------------------------------------- bus
@@ -1492,11 +1445,9 @@ class HTTPConnection(asyncio.Protocol):
 class _Origin:
     """Where a message came from, and so how the reply goes back: in the sender's dialect."""
 
-    __slots__ = ("channel", "client", "message", "raw", "ref")
-
     def __init__(self, client: ChannelClient) -> None:
         self.client = client
-        self.raw = True  # not an envelope
+        self.path = "/"  # of the handler: this is the one for what is not an envelope
         self.channel = self.message = ""
         self.ref: Any = None
 
@@ -1510,13 +1461,10 @@ class _Origin:
             return data
         try:
             envelope, end = _decoder.raw_decode(text)
-        except RecursionError:
-            raise HTTPError(400, "JSON nested too deep") from None
-        except ValueError:
+        except (ValueError, RecursionError):
             return data
         if "channel" not in envelope or text[end:].strip(" \t\r\n"):
             return data
-        self.raw = False
         channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
         if ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53:
             self.ref = ref
@@ -1525,13 +1473,14 @@ class _Origin:
                 or self.ref is not ref):
             raise HTTPError(400, "Bad message")
         self.channel, self.message = channel, message
+        self.path = f"/{channel}/{message}"
         return envelope.get("payload")
 
     def reply(self, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         client, settings = self.client, self.client._app.config
         v1, bits = client._dialect
-        if isinstance(result, (bytes, bytearray, memoryview)):
+        if isinstance(result, _BYTES):
             client._push(Push(settings, "", bytes(result)))
             result = None  # a binary frame has no place for the ref
         if v1 and self.ref is not None:
@@ -1540,7 +1489,7 @@ class _Origin:
             return
         elif not v1 and isinstance(result, str):
             text = result
-        elif not v1 and self.raw:
+        elif not v1 and self.path == "/":
             text = dump_json(result, settings.json_default)
         else:
             message, payload = (result, None) if isinstance(result, str) else (self.message, result)
@@ -1550,27 +1499,28 @@ class _Origin:
         check_size(settings, body)
         client._write(encode_message(TEXT, body, bits, settings.compression_threshold))
 
-    async def reply_later(self, result: asyncio.Future[Any]) -> None:
-        """Send what the handler will return."""
-        try:
-            self.reply(await result)
-        except (Exception, asyncio.CancelledError) as error:
-            result.cancel()
-            self.fail(error)
+    def reply_later(self, result: asyncio.Future[Any]) -> None:
+        """Send what the handler will return; the client's other messages wait until then."""
+        def done(result: asyncio.Future[Any]) -> None:
+            self.client._task = None
+            try:
+                self.reply(result.result())
+            except (Exception, asyncio.CancelledError) as error:
+                self.fail(error)
+            self.client._work()
+        self.client._task = result
+        result.add_done_callback(done)
 
     def fail(self, error: BaseException) -> None:
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
-        path = f"/{self.channel}/{self.message}"
         text = "ERROR : 500 - Internal error"
         if isinstance(error, ChannelError):
             text = str(error)
         elif isinstance(error, HTTPError):
             text = f"ERROR : {error.status} - {error.text}"
-            logger.info("%r: %s: %s", self.client, path, text)
-        elif isinstance(error, asyncio.CancelledError):
-            logger.error("the handler of %s was cancelled", path)
+            logger.info("%r: %s: %s", self.client, self.path, text)
         else:
-            logger.error("the handler of %s failed", path, exc_info=error)
+            logger.error("the handler of %s failed", self.path, exc_info=error)
         if self.client._dialect[0]:
             about = {"channel": self.channel, "message": self.message}
             text = _quote({"error": text, **(about if self.ref is None else {"ref": self.ref})})
@@ -1872,8 +1822,7 @@ class WebChannels:
         origin = _Origin(client)
         try:
             payload = origin.read(data)
-            found = self._channels.find("/" if origin.raw else
-                                        f"/{origin.channel}/{origin.message}")
+            found = self._channels.find(origin.path)
             if found is None:
                 if data != "":  # a keep-alive
                     origin.reply(self._default(client, origin.channel, origin.message))
@@ -1885,7 +1834,7 @@ class WebChannels:
                 given = {**dict(zip(endpoint.path_names, found[1])), **given}
             result = self._start(endpoint, given)
             if isinstance(result, asyncio.Future):
-                client._await(origin.reply_later(result))
+                origin.reply_later(result)
             else:
                 origin.reply(result)
         except (Exception, asyncio.CancelledError) as error:
