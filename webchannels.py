@@ -741,7 +741,6 @@ _decoder = json.JSONDecoder(
 _json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
 _encoder = _json()
 _quote = _encoder.encode
-_BYTES = (bytes, bytearray, memoryview)
 
 
 def load_json(text: str) -> Any:
@@ -769,6 +768,20 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
         raise TypeError(f"{error}: set config.json_default to what converts it") from None
 
 
+def read_envelope(data: str | bytes) -> dict[str, Any] | None:
+    """The JSON object with a "channel" that this is, or None."""
+    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
+    if text[:1] != "{":
+        return None
+    try:
+        envelope, end = _decoder.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
+        return None
+    return envelope  # type: ignore[no-any-return]
+
+
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
 
@@ -784,7 +797,7 @@ class Push:
             enveloped = f"{body}}}".encode()
             # Without the subprotocol a plain string travels as it is.
             self._bodies = (message.encode() if payload is None else enveloped, enveloped)
-        elif isinstance(message, _BYTES) and payload is None:
+        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
@@ -807,6 +820,8 @@ def check_size(settings: Config, body: bytes) -> None:
 
 # ------------------------------------------------------------------------------------ clients
 
+# Where a message came from: the channel, the message and the ref, which the reply will have.
+Origin = tuple[str, str, Any]
 _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
 # What the handler that is running may ask for.
@@ -1011,6 +1026,58 @@ class ChannelClient(asyncio.Protocol):
     def _push(self, push: Push) -> bool:
         self._write(push.frame(self._dialect))
         return not self._closing
+
+    def _reply(self, origin: Origin, result: Any) -> None:
+        """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
+        channel, message, ref = origin
+        settings, (v1, bits) = self._app.config, self._dialect
+        text = result if isinstance(result, str) and not v1 else None
+        if text is None:
+            if isinstance(result, (bytes, bytearray, memoryview)):
+                self._push(Push(settings, "", bytes(result)))
+                result = None  # a binary frame has no place for the ref
+            if v1 and ref is not None:
+                text = f'{{"ref":{ref},"payload":{dump_json(result, settings.json_default)}}}'
+            elif result is None:
+                return
+            elif not (v1 or channel or message):
+                text = dump_json(result, settings.json_default)
+            else:
+                name, payload = (result, None) if isinstance(result, str) else (message, result)
+                self._push(Push(settings, channel or settings.default_channel, name, payload))
+                return
+        body = text.encode()
+        check_size(settings, body)
+        self._write(encode_message(TEXT, body, bits, settings.compression_threshold))
+
+    def _reply_later(self, origin: Origin, result: asyncio.Future[Any]) -> None:
+        """Send what the handler will return; the client's other messages wait until then."""
+        def done(result: asyncio.Future[Any]) -> None:
+            self._task = None
+            try:
+                self._reply(origin, result.result())
+            except (Exception, asyncio.CancelledError) as error:
+                self._fail(origin, error)
+            self._work()
+        self._task = result
+        result.add_done_callback(done)
+
+    def _fail(self, origin: Origin, error: BaseException) -> None:
+        """Tell the sender; and the log, with a traceback where it is the program's fault."""
+        channel, message, ref = origin
+        path = f"/{channel}/{message}" if message else "/"
+        text = "ERROR : 500 - Internal error"
+        if isinstance(error, ChannelError):
+            text = str(error)
+        elif isinstance(error, HTTPError):
+            text = f"ERROR : {error.status} - {error.text}"
+            logger.info("%r: %s: %s", self, path, text)
+        else:
+            logger.error("the handler of %s failed", path, exc_info=error)
+        if self._dialect[0]:
+            about = {"channel": channel, "message": message}
+            text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
+        self._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
 
     def _write(self, frame: bytes) -> None:
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
@@ -1442,91 +1509,6 @@ class HTTPConnection(asyncio.Protocol):
             self.shut()
 
 
-class _Origin:
-    """Where a message came from, and so how the reply goes back: in the sender's dialect."""
-
-    def __init__(self, client: ChannelClient) -> None:
-        self.client = client
-        self.path = "/"  # of the handler: this is the one for what is not an envelope
-        self.channel = self.message = ""
-        self.ref: Any = None
-
-    def read(self, data: str | bytes) -> Any:
-        """Take the fields of an envelope and return its payload; what is none is the payload.
-
-        Raises HTTPError 400.
-        """
-        text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
-        if text[:1] != "{":
-            return data
-        try:
-            envelope, end = _decoder.raw_decode(text)
-        except (ValueError, RecursionError):
-            return data
-        if "channel" not in envelope or text[end:].strip(" \t\r\n"):
-            return data
-        channel, message, ref = envelope["channel"], envelope.get("message"), envelope.get("ref")
-        if ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53:
-            self.ref = ref
-        # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
-        if (type(channel) is not str or type(message) is not str or "/" in message
-                or self.ref is not ref):
-            raise HTTPError(400, "Bad message")
-        self.channel, self.message = channel, message
-        self.path = f"/{channel}/{message}"
-        return envelope.get("payload")
-
-    def reply(self, result: Any) -> None:
-        """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
-        client, settings = self.client, self.client._app.config
-        v1, bits = client._dialect
-        if isinstance(result, _BYTES):
-            client._push(Push(settings, "", bytes(result)))
-            result = None  # a binary frame has no place for the ref
-        if v1 and self.ref is not None:
-            text = f'{{"ref":{self.ref},"payload":{dump_json(result, settings.json_default)}}}'
-        elif result is None:
-            return
-        elif not v1 and isinstance(result, str):
-            text = result
-        elif not v1 and self.path == "/":
-            text = dump_json(result, settings.json_default)
-        else:
-            message, payload = (result, None) if isinstance(result, str) else (self.message, result)
-            client._push(Push(settings, self.channel or settings.default_channel, message, payload))
-            return
-        body = text.encode()
-        check_size(settings, body)
-        client._write(encode_message(TEXT, body, bits, settings.compression_threshold))
-
-    def reply_later(self, result: asyncio.Future[Any]) -> None:
-        """Send what the handler will return; the client's other messages wait until then."""
-        def done(result: asyncio.Future[Any]) -> None:
-            self.client._task = None
-            try:
-                self.reply(result.result())
-            except (Exception, asyncio.CancelledError) as error:
-                self.fail(error)
-            self.client._work()
-        self.client._task = result
-        result.add_done_callback(done)
-
-    def fail(self, error: BaseException) -> None:
-        """Tell the sender; and the log, with a traceback where it is the program's fault."""
-        text = "ERROR : 500 - Internal error"
-        if isinstance(error, ChannelError):
-            text = str(error)
-        elif isinstance(error, HTTPError):
-            text = f"ERROR : {error.status} - {error.text}"
-            logger.info("%r: %s: %s", self.client, self.path, text)
-        else:
-            logger.error("the handler of %s failed", self.path, exc_info=error)
-        if self.client._dialect[0]:
-            about = {"channel": self.channel, "message": self.message}
-            text = _quote({"error": text, **(about if self.ref is None else {"ref": self.ref})})
-        self.client._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
-
-
 class WebChannels:
     """An app: its routes, channels, clients and server.
 
@@ -1819,26 +1801,40 @@ class WebChannels:
 
     def _message(self, client: ChannelClient, data: str | bytes) -> None:
         """Handle a message; never raises for what it or its handler does."""
-        origin = _Origin(client)
+        origin: Origin = "", "", None
+        path = "/"  # of what is not an envelope
+        payload: Any = data
         try:
-            payload = origin.read(data)
-            found = self._channels.find(origin.path)
-            if found is None:
-                if data != "":  # a keep-alive
-                    origin.reply(self._default(client, origin.channel, origin.message))
+            envelope = read_envelope(data)
+            if envelope is not None:
+                channel, message = envelope["channel"], envelope.get("message")
+                payload, ref = envelope.get("payload"), envelope.get("ref")
+                exact = ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53
+                origin = "", "", ref if exact else None
+                # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
+                if (not exact or type(channel) is not str or type(message) is not str
+                        or "/" in message):
+                    raise HTTPError(400, "Bad message")
+                origin = channel, message, ref
+                path = f"/{channel}/{message}"
+            found = self._channels.find(path)
+            if found:
+                endpoint = found[0][""]
+                given = {"payload": payload, "client": client, "request": client.request,
+                         "channel": origin[0], "message": origin[1]}
+                if endpoint.path_names:
+                    given = {**dict(zip(endpoint.path_names, found[1])), **given}
+                result = self._start(endpoint, given)
+            elif data == "":  # a keep-alive
                 return
-            endpoint = found[0][""]
-            given = {"payload": payload, "client": client, "request": client.request,
-                     "channel": origin.channel, "message": origin.message}
-            if endpoint.path_names:
-                given = {**dict(zip(endpoint.path_names, found[1])), **given}
-            result = self._start(endpoint, given)
-            if isinstance(result, asyncio.Future):
-                origin.reply_later(result)
             else:
-                origin.reply(result)
+                result = self._default(client, *origin[:2])
+            if isinstance(result, asyncio.Future):
+                client._reply_later(origin, result)
+            else:
+                client._reply(origin, result)
         except (Exception, asyncio.CancelledError) as error:
-            origin.fail(error)
+            client._fail(origin, error)
 
     def _default(self, client: ChannelClient, channel: str, message: str) -> str:
         """What a message does for which the program has no handler."""
