@@ -2882,6 +2882,7 @@ class UpAndDownTest(unittest.TestCase):
                 await asyncio.sleep(0.01)
             app.down()
             await serving
+            self.assertIsNone(loop.get_exception_handler())  # the loop is as it was
             return body
 
         self.assertEqual(asyncio.run(main()), b"page")
@@ -3041,15 +3042,18 @@ print("down")
         with self.assertRaisesRegex(RuntimeError, "only in a handler"):
             webchannels.params()
 
-    def test_public_names(self) -> None:
-        for name in webchannels.__all__:
-            value = getattr(webchannels, name)
-            if name != "config":
-                self.assertTrue(inspect.getdoc(value), name)
-        for kind in (WebChannels, ChannelClient, Request, Response, Config):
-            for name, value in vars(kind).items():
-                if not name.startswith("_") and callable(value):
-                    self.assertTrue(inspect.getdoc(value), f"{kind.__name__}.{name}")
+    def test_public_names_have_a_docstring_with_an_example(self) -> None:
+        names = {name: getattr(webchannels, name) for name in webchannels.__all__}
+        del names["config"]  # an instance of Config
+        names.update({name: value for kind in (WebChannels, ChannelClient)
+                      for name, value in vars(kind).items()
+                      if not name.startswith("_") and callable(value)
+                      and not hasattr(asyncio.Protocol, name)})
+        for name, value in names.items():
+            usual = {"Bus": "config.bus = ", "ChannelClient": "client.data[", "Config": "config.",
+                     "Request": "request."}.get(name, f"{name}(")
+            example = rf"(?m)`[^`\n]*{re.escape(usual)}[^`\n]*`|^ *@{name}\b"
+            self.assertRegex(inspect.getdoc(value) or "", example, name)
 
 
 class DemoTest(unittest.TestCase):

@@ -78,7 +78,10 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 @dataclass
 class Config:
-    """Every setting of an app, to be set before `up()`. Sizes are in bytes, times in seconds."""
+    """Every setting of an app, to be set before `up()`: `config.max_clients = 100`.
+
+    Sizes are in bytes, times in seconds.
+    """
 
     server_host: str = "127.0.0.1"  # what up() listens on when it is not told
     server_port: int = 8000  # the same; 0 picks a free port
@@ -230,7 +233,7 @@ _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate,
 
 
 class HTTPError(Exception):
-    """Raised by a handler to answer so; without `text` it is the status's standard phrase."""
+    """Raised by a handler to answer so: `raise HTTPError(404)`; `text` may replace the phrase."""
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
@@ -244,7 +247,8 @@ class Request:
     """An HTTP request: `.method .target .path .query .headers .body .address .cookies`.
 
     `path` and `query` are percent-encoded, as they came; `headers` has lower-case names, repeated
-    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address.
+    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address. For
+    example `request.headers.get("user-agent")`, or `request.cookies["session"]`.
     """
 
     __slots__ = ("address", "body", "headers", "http_1_0", "method", "path", "query", "target")
@@ -310,8 +314,9 @@ class Request:
 
 
 class Response:
-    """An HTTP answer. `body` is str (HTML), bytes, or anything that JSON knows.
+    """An HTTP answer, for a route to return: `Response("<h1>Gone</h1>", 410)`.
 
+    `body` is str (HTML), bytes, or anything that JSON knows.
     `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for a
     header that would break out of its line or that the server sets, TypeError for a bad body.
     """
@@ -730,7 +735,7 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
 
 
 class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told the text as it is."""
+    """Raised by a channel's handler to tell the sender: `raise ChannelError("No such room")`."""
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
@@ -846,7 +851,7 @@ class ChannelClient(asyncio.Protocol):
 
     `.id`: str, unlike every other's, also of other processes. `.address`: the peer's IP address.
     `.request`: the Request of the handshake. `.channels`: the names of the channels subscribed to.
-    `.data`: a dict for the program's own use. `.connected`: bool.
+    `.data`: a dict for the program's own use: `client.data["name"] = "Ada"`. `.connected`: bool.
     """
 
     __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
@@ -892,7 +897,7 @@ class ChannelClient(asyncio.Protocol):
     @_on_loop
     def send(self, message: str | bytes, payload: Any = None, *,
              channel: str | None = None) -> bool:
-        """Push to this client alone; False if it is gone. From any thread.
+        """Push to this client alone, `client.send("tick", 3)`; False if it is gone.
 
         `channel` is the one that the page sees: by default that of the message being handled, or
         `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
@@ -906,7 +911,7 @@ class ChannelClient(asyncio.Protocol):
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close the connection, after what was sent before. From any thread.
+        """Close the connection, after what was sent before: `client.close(4000, "bye")`.
 
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
         123 bytes. Raises ValueError for others.
@@ -1160,7 +1165,7 @@ _RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, w
 
 
 class Bus:
-    """Carries broadcasts between processes; `config.bus` may be one with an engine of your own.
+    """Carries broadcasts between processes; with an engine of your own: `config.bus = MyBus()`.
 
     The app calls these methods in its event loop; they must not block it. What other processes
     publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
@@ -1510,7 +1515,7 @@ class HTTPConnection(asyncio.Protocol):
 
 
 class WebChannels:
-    """An app: its routes, channels, clients and server.
+    """An app: its routes, channels, clients and server: `WebChannels(Config(server_port=8080))`.
 
     The module-level functions are the methods of one default app; two apps may serve side by side
     in one process. Every public method may be called from any thread.
@@ -1537,7 +1542,7 @@ class WebChannels:
         self._warned = -math.inf
         self._local_only = False
         self._listening: Sequence[Any] = ()
-        self._executor: concurrent.futures.ThreadPoolExecutor | None = None
+        self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
         self._http: set[HTTPConnection] = set()
         self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
         self._clients: dict[ChannelClient, None] = {}  # that are connected
@@ -1596,22 +1601,30 @@ class WebChannels:
     def on_connect(self, handler: H) -> H:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
-        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
-        `client.send()`, but the client is not connected yet, so it cannot be subscribed.
-        Registering a function of the same name again replaces it.
+        It may take `client` and `request`, and refuse. It may already `client.send()`, but the
+        client is not connected yet, so it cannot be subscribed. Registering a function of the same
+        name again replaces it.
+
+            @on_connect
+            def check(request):
+                if "session" not in request.cookies: raise HTTPError(401)
         """
         endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
         self._on_connect[endpoint.name] = endpoint
         return handler
 
     def on_disconnect(self, handler: H) -> H:
-        """Call `handler` when a client has left; as `on_connect()`."""
+        """Call `handler` when a client has left; as `on_connect()`.
+
+            @on_disconnect
+            def tell(client): broadcast("chat", "left", client.data["name"])
+        """
         endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
         self._on_disconnect[endpoint.name] = endpoint
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
-        """The parameters of the request or message being handled: all, as a dict, or one.
+        """The parameters of what is being handled: all, as a dict, or one: `params("payload")`.
 
         Raises RuntimeError outside a handler.
         """
@@ -1621,18 +1634,19 @@ class WebChannels:
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
-        """The browser client, as bare JavaScript."""
+        """The browser client, as bare JavaScript: `f"<script>{channels_script()}</script>"`."""
         return CHANNELS_JS
 
     def channels_support(self, channel: str | None = None, *, nonce: str | None = None,
                          src: str | None = None) -> str:
-        """The `<script>` element that makes a page live on `channel` (`config.default_channel`).
+        """The `<script>` element that makes a page live: `channels_support("room") + "<p>Hi</p>"`.
 
-        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
-        `nonce` is for a Content-Security-Policy. `src` loads the client from there instead of
-        putting it inline; a path of this server, such as "/channels.js", is served if it has no
-        route. Register channels other than the default one when the program starts, too: an open
-        page may come back to a restarted server before anyone loads it anew.
+        Anyone may then subscribe to `channel` (None: `config.default_channel`), unless there is a
+        handler for its message `subscribe`. `nonce` is for a Content-Security-Policy. `src` loads
+        the client from there instead of putting it inline; a path of this server, such as
+        "/channels.js", is served if it has no route. Register channels other than the default one
+        when the program starts, too: an open page may come back to a restarted server before
+        anyone loads it anew.
         """
         channel = self.config.default_channel if channel is None else channel
         if not channel or channel.strip("/") != channel:
@@ -1656,7 +1670,7 @@ class WebChannels:
     @_on_loop
     def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
                   *, exclude: Clients = (), only: Clients | None = None) -> bool:
-        """Push to every subscriber of one channel or several, once for each.
+        """Push to the subscribers of one channel or several: `broadcast("room", "tick", [1, 2])`.
 
         `exclude` and `only` are clients, or their ids, also those of other processes. True if
         anyone was there to be sent it; with `config.redis_url`, anyone in this process: the others
@@ -1694,24 +1708,30 @@ class WebChannels:
 
     @_on_loop
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Every open client, or the subscribers of `channel`."""
+        """Every open client, or a channel's subscribers: `len(connected_clients("room"))`."""
         return list(self._clients if channel is None else self._subscribers.get(channel) or ())
 
     @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Who left within `config.disconnected_ttl`; with `channel`, who was subscribed to it."""
+        """Who left within `config.disconnected_ttl`: `disconnected_clients("room")[-1].address`.
+
+        With `channel`, only who was subscribed to it.
+        """
         return [each for each in self._left_at if channel is None or channel in each.channels]
 
     @_on_loop
     def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Forget those that left, and return the connected ones that remain."""
+        """Forget those that left, and return the connected ones that remain.
+
+        `for client in unsubscribe_disconnected_clients("room"): client.send("alone")`
+        """
         for client in self.disconnected_clients(channel):
             del self._left_at[client]
         return self.connected_clients(channel)
 
     @_on_loop
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Subscribe `client` to `channel`; False if it is gone.
+        """Subscribe a client: `subscribe(client, "room")`; False if it is gone.
 
         Raises ChannelError past `config.max_subscriptions`.
         """
@@ -1726,7 +1746,7 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Unsubscribe `client` from `channel`; False if it was not subscribed."""
+        """Unsubscribe a client: `unsubscribe(client, "room")`; False if it was not subscribed."""
         subscribed = channel in client.channels
         client.channels.discard(channel)
         self._drop(client, channel)
@@ -1743,13 +1763,13 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
-        """Unsubscribe `client` from all its channels."""
+        """Unsubscribe a client from all its channels: `unsubscribe_client(client)`."""
         for channel in list(client.channels):
             self.unsubscribe(client, channel)
 
     @_on_loop
     def subscriptions(self) -> dict[str, list[ChannelClient]]:
-        """The subscribers of each channel that has any."""
+        """The subscribers of each channel that has any: `for name in subscriptions(): ...`."""
         return {name: list(clients) for name, clients in self._subscribers.items()}
 
     def _left(self, client: ChannelClient) -> None:
@@ -1778,8 +1798,6 @@ class WebChannels:
         token = _params.set(given)
         try:
             if endpoint.threaded:
-                self._executor = self._executor or concurrent.futures.ThreadPoolExecutor(
-                    thread_name_prefix="webchannels")
                 context = contextvars.copy_context()
                 return asyncio.get_running_loop().run_in_executor(
                     self._executor, lambda: context.run(endpoint, given))
@@ -1946,7 +1964,7 @@ class WebChannels:
     def up(self, port: int | None = None, host: str | None = None, *, block: bool | None = None,
            ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
            reuse_port: bool = False, open_browser: bool = False) -> str:
-        """Serve from a background thread; return the address, such as "http://127.0.0.1:8000".
+        """Serve from a background thread, and return the address: `url = up(0, block=False)`.
 
         In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
         at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
@@ -1980,54 +1998,46 @@ class WebChannels:
     async def serve(self, port: int | None = None, host: str | None = None, *,
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
-        """As `up()`, in the event loop that runs. Returns after `down()`; or cancel it."""
+        """As `up()`, in the event loop that runs: `await serve(8080)`; cancel it to stop."""
         await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
 
     async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
-            self._loop = asyncio.get_running_loop()
+            self._loop = loop = asyncio.get_running_loop()
             self._thread = threading.get_ident()
             self._done.clear()
-        try:
+        async with contextlib.AsyncExitStack() as ending:  # what is pushed last is called first
+            ending.callback(self._end)
             self._stop = asyncio.Event()
             self._open.add(self.config.default_channel)
-            await self._start_bus()
+            if loop.get_exception_handler() is None:
+                ending.callback(loop.set_exception_handler, None)
+                loop.set_exception_handler(self._on_loop_error)
+            bus = self.config.bus
+            if self.config.redis_url and not bus:
+                bus = RedisBus(self.config.redis_url, 8 * self.config.max_send_buffer)
+            if bus:
+                bus.deliver = self._deliver
+                await bus.start()
+                ending.push_async_callback(bus.stop)
+                self._bus = bus
             server = await self._listen(*where)
-            sweep = asyncio.ensure_future(self._sweep())
-            try:
-                if self._loop.get_exception_handler() is None:
-                    self._loop.set_exception_handler(self._on_loop_error)
-                ready.set_result(self.url)
-                logger.info("serving at %s", self.url)
-                await self._stop.wait()
-            finally:
-                server.close()
-                try:
-                    await self._shut_down()
-                finally:
-                    sweep.cancel()
-        finally:
-            try:
-                if self._bus:
-                    await self._bus.stop()
-            finally:
-                with self._lock:
-                    self._loop = None
-                    while self._calls:  # other threads wait for them
-                        self._run_calls()
-                    self._reset()
-                self._done.set()
+            ending.callback(asyncio.ensure_future(self._sweep()).cancel)
+            ending.push_async_callback(self._shut_down)
+            ending.callback(server.close)
+            ready.set_result(self.url)
+            logger.info("serving at %s", self.url)
+            await self._stop.wait()
 
-    async def _start_bus(self) -> None:
-        bus, url = self.config.bus, self.config.redis_url
-        if url and not bus:
-            bus = RedisBus(url, 8 * self.config.max_send_buffer)
-        if bus:
-            bus.deliver = self._deliver
-            await bus.start()
-            self._bus = bus
+    def _end(self) -> None:
+        with self._lock:
+            self._loop = None
+            while self._calls:  # other threads wait for them
+                self._run_calls()
+            self._reset()
+        self._done.set()
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
@@ -2058,7 +2068,7 @@ class WebChannels:
         return server
 
     def down(self) -> None:
-        """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
+        """Stop serving: `down()`. Every client gets a Close 1001, answers in flight are finished.
 
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing.
@@ -2093,8 +2103,7 @@ class WebChannels:
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
-        if self._executor:
-            self._executor.shutdown(wait=False)
+        self._executor.shutdown(wait=False)
 
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
