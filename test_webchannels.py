@@ -4270,6 +4270,19 @@ class ReadmeTest(BrowserTest):
             if {language for language, _ in blocks} & {"python", "js", "nginx", "sh"}:
                 self.assertTrue(f'"{heading}"' in tests, heading)
 
+    def test_links(self) -> None:
+        if not (HERE / ".github").is_dir():
+            self.skipTest("needs the repository")
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+                   for title in re.findall("(?m)^#+ (.+)$", text)}
+        for link in re.findall(r'(?:\]\(|="(?=\.))(?!https:)([^)"\s]+)', text):
+            if link.startswith("#"):
+                self.assertIn(link[1:], anchors)
+            else:
+                path = re.sub(r"^\.\./\.\./actions/(.*\.yml)(/badge\.svg)?$", r".github/\1", link)
+                self.assertTrue((HERE / path).is_file(), link)
+
     def test_the_commands(self) -> None:
         self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
         self.assertEqual(self.texts("Development", "sh"), ["python3 test_webchannels.py\n"])
