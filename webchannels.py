@@ -2503,83 +2503,54 @@ WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
 DEMO_PAGE: str = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>webchannels</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --card: light-dark(#f0f4f6, #1c2229);
-  --dim: light-dark(#566170, #9aa6b3); --accent: light-dark(#0b736d, #4fd0c5) }
-body { max-width: 1280px; margin: auto; padding: 16px; accent-color: var(--accent);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-main { display: grid; gap: 16px }
-@media (min-width: 800px) { main { grid-template-columns: 1fr 1fr } #wave { grid-column: 1 / 3 } }
-section { padding: 16px; border-radius: 12px; background: var(--card) }
-header, form { display: flex; gap: 10px; align-items: center }
-h1, h2, form input { flex: 1; min-width: 0; margin: 0 } h1, h2 { font-size: 20px }
-p, label, ::placeholder { color: var(--dim); opacity: 1 } p { margin: 4px 0 16px }
-[data-webchannels=open] #state, #chat b, canvas { color: var(--accent) }
-canvas { width: 100%; height: 180px } pre { font-size: 13px; word-break: break-all }
-[role=log] { height: 240px; overflow-y: auto; margin: 16px 0; white-space: pre-wrap }
-input, button { padding: 6px 12px; border: 1px solid var(--dim); border-radius: 8px; font: inherit;
-  background: Canvas } button { background: var(--accent); color: Canvas }
+:root { color-scheme: light dark; --accent: light-dark(#0b736d, #4fd0c5) }
+body { max-width: 1200px; margin: auto; padding: 1em; font: 1em/1.5 system-ui, sans-serif }
+main { display: grid; gap: 1em; grid: auto / repeat(auto-fit, minmax(min(30em, 100%), 1fr)) }
+section { padding: 1em; border-radius: 9px; background: light-dark(#eef3f5, #1c2229) }
+header, form { display: flex; gap: 1em; align-items: center } canvas { width: 100% }
+h1, h2 { flex: 1; margin: 0; font-size: 1.2em } form input { flex: 1; min-width: 0 }
+b, canvas, button { color: var(--accent) } canvas, pre { height: 200px; overflow: auto }
+pre { display: flex; flex-flow: column-reverse; white-space: pre-wrap; overflow-wrap: anywhere }
+form * { padding: 6px 9px; border: 1px solid; border-radius: 9px; font: inherit; background: none }
 </style>
 <header><h1>webchannels</h1><b id="state" role="status">WebSocket connecting</b></header>
 <p>A page and its server, talking. Open a second tab. Stop the server, and start it again.</p>
-<main><section id="wave"><header><h2>Chat makes waves</h2>
-<label><input id="live" type="checkbox" checked autocomplete="off"> live</label></header>
-<canvas id="plot" role="img" aria-label="A curve that moves with each push"></canvas></section>
-<section><header><h2>Chat</h2><label>Your name <input id="name" size="10" maxlength="24"></label>
-</header><p id="people"></p><div id="chat" role="log" aria-label="Chat" tabindex="0"></div>
-<form id="say" autocomplete="off"><input id="text" aria-label="Message" required maxlength="500"
-placeholder="Say something"><button>Send</button></form></section>
-<section><h2>On the wire</h2><p id="answer" role="status">Every frame but those of the wave.</p>
+<label><input id="live" type="checkbox" checked autocomplete="off"> live</label>
+<canvas id="plot" height="400" role="img" aria-label="A curve that moves with each push"></canvas>
+<main><section><h2>Chat makes waves</h2><p>You are <b id="me">new</b>. Here: <b id="people"></b></p>
+<pre id="chat" role="log" aria-label="Chat" tabindex="0"></pre>
+<form id="say" method="dialog"><input id="text" aria-label="Message" required><button>Send</button>
+</form></section><section><h2>On the wire</h2><p id="answer" role="status">Without the wave</p>
 <pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
-<form id="echo" autocomplete="off"><input id="payload" aria-label="Payload" required
-placeholder="The server sends it back"><button>Echo</button></form></section></main>
-<script nonce="NONCE">
-const $ = id => document.getElementById(id)
-const add = (list, title, text) => {
-  const bold = document.createElement('b')
-  bold.textContent = title
-  list.append(bold, ` ${text || '(empty)'}\n`) // strings become text, never HTML
-  list.scrollTop = list.scrollHeight
-}
+<form id="echo" method="dialog"><input id="payload" aria-label="Payload"><button>Echo</button>
+</form></section></main><script nonce="NONCE">
 // To show what is on the wire. A page that shows no such thing needs nothing of this.
-const show = (arrow, frame) => frame.includes('"message":"tick"') || add($('wire'), arrow, frame)
+const show = (arrow, frame) => frame.includes('"message":"tick"') || wire.append(arrow, frame, '\n')
 window.WebSocket = class extends WebSocket {
-  constructor (...given) { super(...given).addEventListener('message', e => show('↓', e.data)) }
-  send (frame) { show('↑', frame); super.send(frame) }
+  constructor (...given) { super(...given).addEventListener('message', e => show('↓ ', e.data)) }
+  send (frame) { show('↑ ', frame); super.send(frame) }
 }
 </script>SUPPORT<script nonce="NONCE">
-document.onsubmit = event => event.preventDefault()
-WebChannels.addEventListener('state', e => { $('state').textContent = `WebSocket ${e.detail}` })
-
-// What is sent while there is no connection waits for the next, so the name goes first.
-const join = () => WebChannels.sendMessageTo('chat', 'join', $('name').value)
-WebChannels.addEventListener('close', join)
-$('name').onchange = join
-join()
-WebChannels.channel('/chat/name', name => { $('name').value = name })
-WebChannels.channel('/chat/people', names => { $('people').textContent = `Here: ${names}` })
-WebChannels.channel('/chat/said', ({ name, text }) => add($('chat'), name, text))
-$('say').onsubmit = () => {
-  WebChannels.sendMessageTo('chat', 'say', $('text').value)
-  $('say').reset()
+WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
+WebChannels.subscribe('chat')
+WebChannels.channel('/chat/name', name => { me.textContent = name })
+WebChannels.channel('/chat/people', names => { people.textContent = names.join(', ') })
+WebChannels.channel('/chat/said', line => chat.append(line, '\n')) // as text, never as HTML
+say.onsubmit = () => WebChannels.sendMessageTo('chat', 'say', text.value).then(() => say.reset())
+echo.onsubmit = async () => {
+  const start = performance.now()
+  const reply = await WebChannels.request('____', 'echo', payload.value).catch(String)
+  answer.textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
 }
-
-const plot = $('plot'), pen = plot.getContext('2d'), heights = Array(300).fill(0)
+const pen = plot.getContext('2d'), heights = Array(300).fill(0)
 WebChannels.channel('/wave/tick', height => { heights.copyWithin(0, 1)[299] = height })
-$('live').onchange = () => WebChannels[$('live').checked ? 'subscribe' : 'unsubscribe']('wave')
+live.onchange = () => WebChannels[live.checked ? 'subscribe' : 'unsubscribe']('wave')
 setInterval(() => {
-  plot.width = plot.clientWidth * devicePixelRatio // this clears it
-  plot.height = plot.clientHeight * devicePixelRatio
-  pen.lineWidth = 2 * devicePixelRatio
-  pen.strokeStyle = getComputedStyle(plot).color
-  heights.forEach((h, i) => pen.lineTo(i * plot.width / 299, (.5 - .45 * h) * plot.height))
+  plot.width = 2 * plot.clientWidth // this clears it
+  Object.assign(pen, { lineWidth: 4, strokeStyle: getComputedStyle(plot).color })
+  heights.forEach((height, i) => pen.lineTo(i * plot.width / 299, 200 - 180 * height))
   pen.stroke()
 }, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 50)
-
-$('echo').onsubmit = async () => {
-  const start = performance.now()
-  const reply = await WebChannels.request('____', 'echo', $('payload').value).catch(String)
-  $('answer').textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
-}
 </script>
 """
 
@@ -2598,28 +2569,22 @@ def demo_app() -> WebChannels:
             "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
             f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"})
 
-    def line(payload: Any, longest: int) -> str:
-        # Half a surrogate pair could not be sent.
-        return " ".join(str(payload).encode("utf-8", "replace").decode().split())[:longest]
-
     @app.on_disconnect
     def show_people() -> None:
-        names = [client.data["name"] for client in app.connected_clients("chat")]
-        app.broadcast("chat", "people", ", ".join(names))
+        app.broadcast("chat", "people", [one.data["name"] for one in app.connected_clients("chat")])
 
-    @app.channel("/chat/join")
-    def join(client: ChannelClient, payload: Any) -> None:
-        client.data["name"] = line(payload, 24) or secrets.choice(("Otter", "Heron", "Raven"))
-        client.send("name", client.data["name"])
+    @app.channel("/chat/subscribe")
+    def enter(client: ChannelClient) -> None:
+        client.data["name"] = f"{secrets.choice(('Otter', 'Heron', 'Raven'))} {client.id[:2]}"
         app.subscribe(client, "chat")
+        client.send("name", client.data["name"])
         show_people()
 
     @app.channel("/chat/say")
     def say(client: ChannelClient, payload: Any) -> None:
         nonlocal said_at
         said_at = time.monotonic()
-        name = client.data.get("name", "Somebody")
-        app.broadcast("chat", "said", {"name": name, "text": line(payload, 500)})
+        app.broadcast("chat", "said", f"{client.data.get('name')}: {str(payload)[:500]}")
 
     def wave() -> None:
         while True:
@@ -2631,21 +2596,19 @@ def demo_app() -> WebChannels:
     return app
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: serves the demo. Returns the exit status."""
+def main() -> None:
+    """The command line: serves the demo."""
     parser = argparse.ArgumentParser(prog="webchannels", description="Serve the webchannels demo.")
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--version", action="version", version=f"webchannels {__version__}")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     try:
         demo_app().up(options.port, options.host, block=True, open_browser=options.open)
     except (OSError, OverflowError) as error:
-        print(f"webchannels: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"webchannels: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
