@@ -4034,6 +4034,8 @@ class InChromium(BrowserTest):
 
             page.evaluate("""(window.ticks = [], WebChannels.subscribe('room').then(() => {
                 WebChannels.channel('/room/tick', () => { throw new Error('of this handler') })
+                WebChannels.channel('/r.om/tick', payload => ticks.push(['no pattern', payload]))
+                WebChannels.channel('/room/:n/tick', payload => ticks.push(['longer', payload]))
                 window.off = WebChannels.channel('/:where/tick',
                     (payload, {where}) => ticks.push([where, payload])) }))""")
             app.broadcast("room", "tick", {"n": 1})
