@@ -2248,36 +2248,29 @@ subscriptions = app.subscriptions
 # -------------------------------------------------------------------------------- channels.js
 
 # A copy of the file of that name: `python3 test_webchannels.py --embed` makes it.
-CHANNELS_JS: str = r"""/**
- * channels.js: the browser's side of webchannels.py. MIT License.
- *
- * One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
- *   {channel, message, payload?, ref?}    to the server
- *   {channel, message, payload?}          from the server
- *   {ref, payload} or {ref, error}        its reply to a ref
- *   {error, channel, message}             an error without ref
- *   an empty message                      a keep-alive, answered by another
- */
+CHANNELS_JS: str = r"""// channels.js: the browser's side of webchannels.py. MIT License.
+// One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
+//   {channel, message, payload?, ref?}    to the server
+//   {channel, message, payload?}          from the server
+//   {ref, payload} or {ref, error}        its reply to a ref
+//   {error, channel, message}             an error without ref
+//   an empty message                      a keep-alive, answered by another
+
 // A second copy in the page finds the first. (Object(x) is x, of any type.)
 var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
-  'use strict'
-
   const TICK = 5000           // ms
   const ASK = 5               // silent ticks until a keep-alive
   const DEAD = 7              // silent ticks until the connection counts as lost
   const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
   const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
-  const FINAL = [1000, 1008]  // close codes after which to stay away
 
   const page = Object(window)
   const path = document.currentScript?.dataset.path || '/'
   const base = location.href // at first: the page may change it
 
-  /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */
-  let state = 'closed'
-  /** @type {WebSocket | null} */
-  let socket = null // the only one
-  let timer = 0     // to the next tick or, without a socket, connect
+  let state = /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */ ('closed')
+  let socket = /** @type {WebSocket | null} */ (null) // the only one
+  let timer = 0     // to the next tick
   let silent = 0    // ticks since the server was heard
   let failures = 0  // in a row
   let lastRef = 0
@@ -2290,52 +2283,47 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
   const emit = (type, detail) =>
     client.dispatchEvent(new CustomEvent(type, { detail, cancelable: true }))
 
-  const complain = (/** @type {object} */ detail) => {
-    console.error('WebChannels:', detail)
-    emit('error', detail)
-  }
+  const complain = (/** @type {object} */ detail) =>
+    emit('error', detail) && console.error('WebChannels:', detail)
 
   const become = (/** @type {typeof state} */ next) => {
     document.documentElement.dataset.webchannels = state = next
     emit('state', next)
   }
 
-  // ---- The connection ----
+  // ---- The connection, and what goes through it ----
 
   const connect = () => {
-    clearTimeout(timer)
+    silent = ASK // the handshake has a deadline, too
     try {
       socket = new WebSocket(new URL(path, base).href.replace('http', 'ws'), 'webchannels.v1')
     } catch (error) { // no URL, or one that this page may not use: trying again is no help
       complain({ error: String(error) })
-      return end('closed')
+      return end(1000)
     }
     socket.binaryType = 'arraybuffer'
     socket.onopen = opened
     socket.onmessage = received
-    socket.onclose = ({ code, reason }) =>
-      end(FINAL.includes(code) ? 'closed' : 'reconnecting', code, reason)
-    silent = ASK // the handshake has a deadline, too
-    timer = setTimeout(tick, TICK)
+    socket.onclose = ({ target, code, reason }) => target === socket && end(code, reason)
   }
 
   // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
   // what the server said before it ticks twice.
   const tick = () => {
+    clearTimeout(timer)
     timer = setTimeout(tick, TICK)
-    if (++silent >= DEAD) return end('reconnecting')
-    if (socket?.readyState !== WebSocket.OPEN) return
+    if (!socket) return connect()
+    if (++silent >= DEAD) return end()
+    if (socket.readyState !== WebSocket.OPEN) return
     failures = 0 // not before: a server may let us in and drop us
     if (silent === ASK) socket.send('')
   }
 
-  /** Does now what the timer is for. */
+  /** Connects or asks the server now, unless that is under way. */
   const wake = () => {
     if (state === 'closed') return
     failures = 0
-    if (!socket) return connect()
-    if (silent >= ASK) return
-    clearTimeout(timer)
+    if (socket && silent >= ASK) return
     silent = ASK - 1
     tick()
   }
@@ -2354,22 +2342,18 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     if (data === '') return
     const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
     const item = pending.get(m.ref) // if it is still wanted
+    const detail = 'payload' in m ? m : m.message
     if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
     else if (m.ref) item?.resolve(m.payload)
-    else {
-      const detail = 'payload' in m ? m : m.message
-      if (emit('message', detail)) page.parse_payload(detail)
-    }
+    else if (emit('message', detail)) page.parse_payload(detail)
   }
 
-  const end = (/** @type {typeof state} */ next, code = 1006, reason = '') => {
+  const end = (code = 1006, reason = '') => {
     const wasOpen = state === 'open'
+    const next = code === 1000 || code === 1008 ? 'closed' : 'reconnecting' // the server's will
     clearTimeout(timer)
-    if (socket) {
-      socket.onopen = socket.onmessage = socket.onclose = null
-      socket.close()
-      socket = null
-    }
+    socket?.close()
+    socket = null
     for (const { reject } of pending.values()) reject(new DOMException('Lost', 'NetworkError'))
     if (next === 'closed') {
       for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
@@ -2377,17 +2361,13 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     } else {
       // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
       const most = Math.min(DELAY[1], DELAY[0] * (document.hidden ? 10 : 1) * 2 ** failures++)
-      timer = setTimeout(connect, Math.random() * most)
+      timer = setTimeout(tick, Math.random() * most)
     }
     become(next) // last, for listeners may open() or close()
     if (wasOpen) emit('close', { code, reason })
   }
 
-  // ---- Out ----
-
-  /** @param {any} data  @param {number} [ref] */
-  const outgoing = (data, ref) => {
-    const item = Object({ data, ref })
+  const deferred = (/** @type {any} */ item) => {
     item.promise = new Promise((resolve, reject) => Object.assign(item, { resolve, reject }))
     return item
   }
@@ -2408,8 +2388,7 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     return item.promise
   }
 
-  /** @param {any} item  @param {string} channel */
-  const renew = ({ resolve, reject }, channel) =>
+  const renew = (/** @type {any} */ { resolve, reject }, /** @type {string} */ channel) =>
     client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(resolve)
       .then(() => emit('subscribed', channel), error => {
         if (error instanceof DOMException) return // lost: the next connection renews it
@@ -2420,35 +2399,29 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
 
   // ---- What the page uses ----
 
-  /**
-   * Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
-   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}.
-   */
+  /** Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
+   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}. */
   class Client extends EventTarget {
     /** Also in `<html data-webchannels="...">`. */
     get state() { return state }
 
-    /**
-     * Resolves when handed over; rejects when too much waits, or on close(). A reply is a push.
-     * @param {string} channel  @param {string} message  @param {any} [payload]
-     */
+    /** Resolves when handed over; rejects when too much waits, or on close(). A reply is a push.
+     * @param {string} channel  @param {string} message  @param {any} [payload] */
     async sendMessageTo(channel, message, payload) {
-      return send(outgoing(JSON.stringify({ channel, message, payload })))
+      return send(deferred({ data: JSON.stringify({ channel, message, payload }) }))
     }
 
     /** The same for bytes, to channel("/"). @param {BufferSource | Blob} data */
-    async sendBinary(data) { return send(outgoing(data)) }
+    async sendBinary(data) { return send(deferred({ data })) }
 
-    /**
-     * Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
+    /** Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
      * AbortError, NetworkError (connection lost: nobody knows whether it ran).
      * @param {string} channel  @param {string} message  @param {any} [payload]
-     * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity
-     */
+     * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity */
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const item = outgoing(JSON.stringify({ channel, message, payload, ref }), ref)
+      const item = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
       const late = setTimeout(item.reject, Math.min(timeout, 2e9),
         new DOMException('No reply in time', 'TimeoutError'))
       const abort = () => item.reject(signal?.reason)
@@ -2461,35 +2434,29 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
       })
     }
 
-    /**
-     * Gives pushes with a payload to `handler`, not to parse_payload.
+    /** Gives pushes with a payload to `handler`, not to parse_payload, until the result is called.
      * @param {string} path  '/channel/message', where `:name` stands for any segment
-     * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s
-     * @returns {() => void} takes it off again
-     */
+     * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s */
     channel(path, handler) {
-      const pattern = path.split('/')
+      const segments = path.split('/').map(segment => segment[0] === ':'
+        ? `(?<${segment.split(':')[1]}>[^/]+)` : segment.replace(/\W/g, '\\$&'))
+      const pattern = RegExp(`^${segments.join('/')}$`)
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
-        const segments = `/${channel}/${message}`.split('/')
-        const names = Object({})
-        if (payload === undefined || pattern.length !== segments.length) return
-        if (!pattern.every((part, i) => part[0] === ':'
-          ? names[part.split(':')[1]] = segments[i] : part === segments[i])) return
+        const match = pattern.exec(`/${channel}/${message}`)
+        if (!match || payload === undefined) return
         event.preventDefault()
-        handler(payload, { ...names, channel, message })
+        handler(payload, { ...match.groups, channel, message })
       }
       client.addEventListener('message', listener)
       return () => client.removeEventListener('message', listener)
     }
 
-    /**
-     * Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
-     * @param {string} channel  @returns {Promise<any>}
-     */
+    /** Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
+     * @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
       if (subscriptions.has(channel)) return subscriptions.get(channel).promise
-      const item = outgoing(channel)
+      const item = deferred({})
       item.promise.catch(() => { }) // renew() complains
       subscriptions.set(channel, item)
       if (state === 'open') renew(item, channel)
@@ -2510,16 +2477,14 @@ var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() =
     }
 
     /** Stays away until open(). Rejects what waits. */
-    close() { end('closed', 1000) }
+    close() { end(1000) }
   }
 
   const client = new Client()
-
-  for (const type of ['online', 'offline', 'pageshow']) addEventListener(type, wake)
-  document.addEventListener('resume', wake)
-  document.addEventListener('visibilitychange', () => { if (!document.hidden) wake() })
-  // An open socket could keep the page out of the back/forward cache.
-  addEventListener('pagehide', e => { if (e.persisted && state !== 'closed') end('reconnecting') })
+  // Captured, because 'resume' goes to the document.
+  for (const type of ['online', 'offline', 'pageshow', 'resume']) addEventListener(type, wake, true)
+  document.addEventListener('visibilitychange', () => document.hidden || wake())
+  addEventListener('pagehide', e => e.persisted && state !== 'closed' && end()) // for the bfcache
 
   page.Genie = { ...page.Genie, WebChannels: client }
   page.parse_payload ||= (/** @type {any} */ payload) => {
@@ -2541,83 +2506,54 @@ WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
 DEMO_PAGE: str = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>webchannels</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --card: light-dark(#f0f4f6, #1c2229);
-  --dim: light-dark(#566170, #9aa6b3); --accent: light-dark(#0b736d, #4fd0c5) }
-body { max-width: 1280px; margin: auto; padding: 16px; accent-color: var(--accent);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-main { display: grid; gap: 16px }
-@media (min-width: 800px) { main { grid-template-columns: 1fr 1fr } #wave { grid-column: 1 / 3 } }
-section { padding: 16px; border-radius: 12px; background: var(--card) }
-header, form { display: flex; gap: 10px; align-items: center }
-h1, h2, form input { flex: 1; min-width: 0; margin: 0 } h1, h2 { font-size: 20px }
-p, label, ::placeholder { color: var(--dim); opacity: 1 } p { margin: 4px 0 16px }
-[data-webchannels=open] #state, #chat b, canvas { color: var(--accent) }
-canvas { width: 100%; height: 180px } pre { font-size: 13px; word-break: break-all }
-[role=log] { height: 240px; overflow-y: auto; margin: 16px 0; white-space: pre-wrap }
-input, button { padding: 6px 12px; border: 1px solid var(--dim); border-radius: 8px; font: inherit;
-  background: Canvas } button { background: var(--accent); color: Canvas }
+:root { color-scheme: light dark; --accent: light-dark(#0b736d, #4fd0c5) }
+body { max-width: 1200px; margin: auto; padding: 1em; font: 1em/1.5 system-ui, sans-serif }
+main { display: grid; gap: 1em; grid: auto / repeat(auto-fit, minmax(min(30em, 100%), 1fr)) }
+section { padding: 1em; border-radius: 9px; background: light-dark(#eef3f5, #1c2229) }
+header, form { display: flex; gap: 1em; align-items: center } canvas { width: 100% }
+h1, h2 { flex: 1; margin: 0; font-size: 1.2em } form input { flex: 1; min-width: 0 }
+b, canvas, button { color: var(--accent) } canvas, pre { height: 200px; overflow: auto }
+pre { display: flex; flex-flow: column-reverse; white-space: pre-wrap; overflow-wrap: anywhere }
+form * { padding: 6px 9px; border: 1px solid; border-radius: 9px; font: inherit; background: none }
 </style>
 <header><h1>webchannels</h1><b id="state" role="status">WebSocket connecting</b></header>
 <p>A page and its server, talking. Open a second tab. Stop the server, and start it again.</p>
-<main><section id="wave"><header><h2>Chat makes waves</h2>
-<label><input id="live" type="checkbox" checked autocomplete="off"> live</label></header>
-<canvas id="plot" role="img" aria-label="A curve that moves with each push"></canvas></section>
-<section><header><h2>Chat</h2><label>Your name <input id="name" size="10" maxlength="24"></label>
-</header><p id="people"></p><div id="chat" role="log" aria-label="Chat" tabindex="0"></div>
-<form id="say" autocomplete="off"><input id="text" aria-label="Message" required maxlength="500"
-placeholder="Say something"><button>Send</button></form></section>
-<section><h2>On the wire</h2><p id="answer" role="status">Every frame but those of the wave.</p>
+<label><input id="live" type="checkbox" checked autocomplete="off"> live</label>
+<canvas id="plot" height="400" role="img" aria-label="A curve that moves with each push"></canvas>
+<main><section><h2>Chat makes waves</h2><p>You are <b id="me">new</b>. Here: <b id="people"></b></p>
+<pre id="chat" role="log" aria-label="Chat" tabindex="0"></pre>
+<form id="say" method="dialog"><input id="text" aria-label="Message" required><button>Send</button>
+</form></section><section><h2>On the wire</h2><p id="answer" role="status">Without the wave</p>
 <pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
-<form id="echo" autocomplete="off"><input id="payload" aria-label="Payload" required
-placeholder="The server sends it back"><button>Echo</button></form></section></main>
-<script nonce="NONCE">
-const $ = id => document.getElementById(id)
-const add = (list, title, text) => {
-  const bold = document.createElement('b')
-  bold.textContent = title
-  list.append(bold, ` ${text || '(empty)'}\n`) // strings become text, never HTML
-  list.scrollTop = list.scrollHeight
-}
+<form id="echo" method="dialog"><input id="payload" aria-label="Payload"><button>Echo</button>
+</form></section></main><script nonce="NONCE">
 // To show what is on the wire. A page that shows no such thing needs nothing of this.
-const show = (arrow, frame) => frame.includes('"message":"tick"') || add($('wire'), arrow, frame)
+const show = (arrow, frame) => frame.includes('"message":"tick"') || wire.append(arrow, frame, '\n')
 window.WebSocket = class extends WebSocket {
-  constructor (...given) { super(...given).addEventListener('message', e => show('↓', e.data)) }
-  send (frame) { show('↑', frame); super.send(frame) }
+  constructor (...given) { super(...given).addEventListener('message', e => show('↓ ', e.data)) }
+  send (frame) { show('↑ ', frame); super.send(frame) }
 }
 </script>SUPPORT<script nonce="NONCE">
-document.onsubmit = event => event.preventDefault()
-WebChannels.addEventListener('state', e => { $('state').textContent = `WebSocket ${e.detail}` })
-
-// What is sent while there is no connection waits for the next, so the name goes first.
-const join = () => WebChannels.sendMessageTo('chat', 'join', $('name').value)
-WebChannels.addEventListener('close', join)
-$('name').onchange = join
-join()
-WebChannels.channel('/chat/name', name => { $('name').value = name })
-WebChannels.channel('/chat/people', names => { $('people').textContent = `Here: ${names}` })
-WebChannels.channel('/chat/said', ({ name, text }) => add($('chat'), name, text))
-$('say').onsubmit = () => {
-  WebChannels.sendMessageTo('chat', 'say', $('text').value)
-  $('say').reset()
+WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
+WebChannels.subscribe('chat')
+WebChannels.channel('/chat/name', name => { me.textContent = name })
+WebChannels.channel('/chat/people', names => { people.textContent = names.join(', ') })
+WebChannels.channel('/chat/said', line => chat.append(line, '\n')) // as text, never as HTML
+say.onsubmit = () => WebChannels.sendMessageTo('chat', 'say', text.value).then(() => say.reset())
+echo.onsubmit = async () => {
+  const start = performance.now()
+  const reply = await WebChannels.request('____', 'echo', payload.value).catch(String)
+  answer.textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
 }
-
-const plot = $('plot'), pen = plot.getContext('2d'), heights = Array(300).fill(0)
+const pen = plot.getContext('2d'), heights = Array(300).fill(0)
 WebChannels.channel('/wave/tick', height => { heights.copyWithin(0, 1)[299] = height })
-$('live').onchange = () => WebChannels[$('live').checked ? 'subscribe' : 'unsubscribe']('wave')
+live.onchange = () => WebChannels[live.checked ? 'subscribe' : 'unsubscribe']('wave')
 setInterval(() => {
-  plot.width = plot.clientWidth * devicePixelRatio // this clears it
-  plot.height = plot.clientHeight * devicePixelRatio
-  pen.lineWidth = 2 * devicePixelRatio
-  pen.strokeStyle = getComputedStyle(plot).color
-  heights.forEach((h, i) => pen.lineTo(i * plot.width / 299, (.5 - .45 * h) * plot.height))
+  plot.width = 2 * plot.clientWidth // this clears it
+  Object.assign(pen, { lineWidth: 4, strokeStyle: getComputedStyle(plot).color })
+  heights.forEach((height, i) => pen.lineTo(i * plot.width / 299, 200 - 180 * height))
   pen.stroke()
 }, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 50)
-
-$('echo').onsubmit = async () => {
-  const start = performance.now()
-  const reply = await WebChannels.request('____', 'echo', $('payload').value).catch(String)
-  $('answer').textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
-}
 </script>
 """
 
@@ -2636,28 +2572,22 @@ def demo_app() -> WebChannels:
             "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
             f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"})
 
-    def line(payload: Any, longest: int) -> str:
-        # Half a surrogate pair could not be sent.
-        return " ".join(str(payload).encode("utf-8", "replace").decode().split())[:longest]
-
     @app.on_disconnect
     def show_people() -> None:
-        names = [client.data["name"] for client in app.connected_clients("chat")]
-        app.broadcast("chat", "people", ", ".join(names))
+        app.broadcast("chat", "people", [one.data["name"] for one in app.connected_clients("chat")])
 
-    @app.channel("/chat/join")
-    def join(client: ChannelClient, payload: Any) -> None:
-        client.data["name"] = line(payload, 24) or secrets.choice(("Otter", "Heron", "Raven"))
-        client.send("name", client.data["name"])
+    @app.channel("/chat/subscribe")
+    def enter(client: ChannelClient) -> None:
+        client.data["name"] = f"{secrets.choice(('Otter', 'Heron', 'Raven'))} {client.id[:2]}"
         app.subscribe(client, "chat")
+        client.send("name", client.data["name"])
         show_people()
 
     @app.channel("/chat/say")
     def say(client: ChannelClient, payload: Any) -> None:
         nonlocal said_at
         said_at = time.monotonic()
-        name = client.data.get("name", "Somebody")
-        app.broadcast("chat", "said", {"name": name, "text": line(payload, 500)})
+        app.broadcast("chat", "said", f"{client.data.get('name')}: {str(payload)[:500]}")
 
     def wave() -> None:
         while True:
@@ -2669,21 +2599,19 @@ def demo_app() -> WebChannels:
     return app
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: serves the demo. Returns the exit status."""
+def main() -> None:
+    """The command line: serves the demo."""
     parser = argparse.ArgumentParser(prog="webchannels", description="Serve the webchannels demo.")
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
     parser.add_argument("--version", action="version", version=f"webchannels {__version__}")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     try:
         demo_app().up(options.port, options.host, block=True, open_browser=options.open)
     except (OSError, OverflowError) as error:
-        print(f"webchannels: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"webchannels: {getattr(error, 'strerror', None) or error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
