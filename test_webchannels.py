@@ -3087,6 +3087,8 @@ class DemoTest(unittest.TestCase):
                 self.assertEqual(push(one, "people"), [first])
                 WebSocketClient(url).close()  # it has no name
                 self.assertEqual(push(one, "people"), [first])
+                tell(two, "say", "Hi \ud800")
+                self.assertEqual(push(one, "said"), "Somebody: Hi ?")
                 tell(two, "subscribe", None)
                 second = push(two, "name")
                 self.assertEqual(push(one, "people"), [first, second])

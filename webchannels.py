@@ -2587,7 +2587,8 @@ def demo_app() -> WebChannels:
     def say(client: ChannelClient, payload: Any) -> None:
         nonlocal said_at
         said_at = time.monotonic()
-        app.broadcast("chat", "said", f"{client.data.get('name')}: {str(payload)[:500]}")
+        text = str(payload)[:500].encode("utf-8", "replace").decode()  # half a pair is not sent
+        app.broadcast("chat", "said", f"{client.data.get('name', 'Somebody')}: {text}")
 
     def wave() -> None:
         while True:
