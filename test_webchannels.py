@@ -4331,9 +4331,7 @@ class ReadmeTest(BrowserTest):
             for message in "subscribe", "say":
                 stranger.send_json({"channel": "rooms/tea", "message": message, "payload": "x"})
                 self.assertEqual(stranger.recv_text(), "ERROR : 403 - This is not your room")
-            page = self.page(self.url)
-            page.evaluate("fetch('/login', {method: 'POST', "
-                          "body: new URLSearchParams('name=bob')})")
+            page = self.page(f"{self.url}/login?name=bob")
             page.navigate(f"{self.url}/tea")
             page.wait_console("Subscription ready")
             page.evaluate("(say[0].value = '<b>Hi', say.requestSubmit())")
