@@ -1567,32 +1567,38 @@ class HttpTest(ServerTest):
 
     def test_every_split_of_a_request_gives_the_same(self) -> None:
         def read(chunks: Sequence[bytes]) -> list[Any]:
-            reader, found = webchannels.RequestReader(200, 50), []
+            buffer, found = bytearray(), []
+            reader = webchannels.read_requests(buffer, limits)
             for chunk in chunks:
-                reader.receive(chunk)
+                buffer += chunk
                 try:
-                    request = reader.next()
-                    while request is not None:
+                    while isinstance(request := next(reader), Request):
                         found.append((request.method, request.target, request.body,
                                       dict(request.headers)))
-                        request = reader.next()
                 except HTTPError as error:
                     return [*found, error.status]
             return found
 
+        limits = Config(max_header_size=200, max_body_size=50)
         self.assertEqual(read([b"GET / HTTP/1.1\nHost: a\n\n"]), [400])  # without waiting for more
-        for minor in (0, 1):  # RFC 9110, 10.1.1: HTTP/1.0 does not know 100
-            reader = webchannels.RequestReader(200, 50)
-            reader.receive(b"POST / HTTP/1.%d\r\nHost: a\r\nContent-Length: 3\r\n"
-                           b"Expect: 100-Continue\r\n\r\n" % minor)
-            self.assertIsNone(reader.next())
-            self.assertEqual(reader.expects_continue, bool(minor))
+        head = (b"POST / HTTP/1.%d\r\nHost: a\r\nContent-Length: %d\r\n"
+                b"Expect: 100-Continue\r\n\r\n%b")
+        for minor, size, behind, told in (  # RFC 9110, 10.1.1: HTTP/1.0 does not know 100
+                (0, 3, b"", False), (1, 3, b"", True), (1, 3, b"a", False), (1, 0, b"", None)):
+            buffer = bytearray(head % (minor, size, behind))
+            reader = webchannels.read_requests(buffer, limits)
+            found = next(reader)
+            self.assertEqual(found if size else None,
+                             b"HTTP/1.1 100 Continue\r\n\r\n" if told else b"" if size else None)
+            self.assertEqual(next(reader), b"" if size else None)  # it is told once
         for chunks in ([b"\r\n"], [b"\r", b"\n"]):  # an empty line is not a request begun
-            reader = webchannels.RequestReader(200, 50)
+            buffer = bytearray()
+            reader = webchannels.read_requests(buffer, limits)
             for chunk in chunks:
-                reader.receive(chunk)
-                self.assertIsNone(reader.next())
-            self.assertFalse(reader.begun)
+                buffer += chunk
+                self.assertIsNone(next(reader))
+            buffer += b"G"
+            self.assertEqual(next(reader), b"")
         streams = [data for _, data in self.REQUESTS] + [
             b"POST /data HTTP/1.1\r\nHost: a\r\n" + data for _, data in self.BODIES]
         statuses = set()

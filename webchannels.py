@@ -350,106 +350,80 @@ class Response:
         return head + self.body if has_body and not head_only else head
 
 
-class RequestReader:
-    """Reads HTTP/1.1 requests (RFC 9112): bytes in by `receive()`, requests out by `next()`.
+def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | bytes | None]:
+    """Read HTTP/1.1 requests (RFC 9112) from `buffer`, to which bytes are added between the steps.
 
-    It does no I/O. What two readers might understand differently is refused, never repaired.
+    Yields None while no request has begun, what to send (mostly nothing) while one is incomplete,
+    then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
+    What two readers might understand differently is refused, never repaired.
     """
-
-    def __init__(self, max_header_size: int, max_body_size: int) -> None:
-        self.buffer = bytearray()  # what is not yet understood; after an upgrade, not HTTP
-        self.begun = False  # has a part of the next request arrived?
-        self.expects_continue = False
-        self._max_header_size, self._max_body_size = max_header_size, max_body_size
-        self._requests = self._read()
-
-    def receive(self, data: bytes) -> None:
-        """Take bytes from the peer."""
-        self.buffer += data
-
-    def next(self) -> Request | None:
-        """The next complete request, or None. Raises HTTPError; then nothing more may be read."""
-        return next(self._requests)
-
-    # What follows are generators: they yield None where more bytes are needed.
-
-    def _read(self) -> Iterator[Request | None]:
-        while True:
-            self.begun = False
-            while bytes(self.buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
-                if len(self.buffer) < 2:
-                    yield None
-                else:
-                    del self.buffer[:2]
-            self.begun = True
-            request = Request((yield from self._until(b"\r\n\r\n", self._max_header_size, 414)))
-            del self.buffer[:4]
-            size = _body_size(request)
-            if size > self._max_body_size:
-                raise HTTPError(413)
-            if size:
-                expect = request.headers.get("expect", "").lower()
-                self.expects_continue = expect == "100-continue" and not request.http_1_0
-                request.body = yield from self._chunks() if size < 0 else self._take(size)
-                self.expects_continue = False
-            yield request
-
-    def _until(self, end: bytes, limit: int, status: int) -> Any:
-        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
-        seen = 0
-        while True:
-            at = self.buffer.find(end, seen, limit)
-            if at >= 0:
-                return (yield from self._take(at)).decode("latin-1")
-            if _BAD_LINE_END.search(self.buffer, seen, limit):
-                raise HTTPError(400, "Bad line ending")
-            if len(self.buffer) >= limit:
-                raise HTTPError(431 if b"\n" in self.buffer[:limit] else status)
-            seen = max(len(self.buffer) - 3, 0)  # `end` may have begun there
-            yield None
-
-    def _take(self, size: int) -> Any:
-        while len(self.buffer) < size:
-            yield None
-        part = bytes(self.buffer[:size])
-        del self.buffer[:size]
+    def take(size: int) -> Any:
+        while len(buffer) < size:
+            yield b""
+        part = bytes(buffer[:size])
+        del buffer[:size]
         return part
 
-    def _chunks(self) -> Any:
+    def until(end: bytes, limit: int, status: int) -> Any:
+        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        seen = 0
+        while (at := buffer.find(end, seen, limit)) < 0:
+            if _BAD_LINE_END.search(buffer, seen, limit):
+                raise HTTPError(400, "Bad line ending")
+            if len(buffer) >= limit:
+                raise HTTPError(431 if b"\n" in buffer[:limit] else status)
+            seen = max(len(buffer) - 3, 0)  # `end` may have begun there
+            yield b""
+        return (yield from take(at)).decode("latin-1")
+
+    def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        while True:
-            match = _CHUNK_SIZE.fullmatch((yield from self._until(b"\r\n", 256, 400)))
+        size = -1
+        while size:
+            match = _CHUNK_SIZE.fullmatch((yield from until(b"\r\n", 256, 400)))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
-            if not size:
-                trailer = yield from self._until(b"\r\n\r\n", self._max_header_size, 431)
-                del self.buffer[:4]
-                if not _FIELDS.fullmatch(trailer):
-                    raise HTTPError(400, "Bad trailer")
-                return bytes(body)
-            if len(body) + size > self._max_body_size:
+            if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
-            chunk = yield from self._take(2 + size + 2)  # with the line ends around it
-            if not chunk.endswith(b"\r\n"):
-                raise HTTPError(400, "Bad chunk")
-            body += chunk[2:-2]
+            if size:
+                chunk = yield from take(2 + size + 2)  # with the line ends around it
+                if not chunk.endswith(b"\r\n"):
+                    raise HTTPError(400, "Bad chunk")
+                body += chunk[2:-2]
+        if not _FIELDS.fullmatch((yield from until(b"\r\n\r\n", settings.max_header_size, 431))):
+            raise HTTPError(400, "Bad trailer")
+        del buffer[:4]
+        return bytes(body)
 
-
-def _body_size(request: Request) -> int:
-    """The body's size (RFC 9112, 6.3); -1: it is chunked. Raises HTTPError."""
-    size = request.headers.get("content-length", "0")
-    if not _LENGTH.fullmatch(size):
-        raise HTTPError(400, "Bad Content-Length")
-    if "transfer-encoding" not in request.headers:
-        return int(size)
-    codings = request.members("transfer-encoding")
-    if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
-        raise HTTPError(400, "Bad Transfer-Encoding")
-    if codings != ["chunked"]:
-        raise HTTPError(501, "Only chunked is implemented")
-    return -1
+    while True:
+        while bytes(buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
+            if len(buffer) < 2:
+                yield None
+            else:
+                del buffer[:2]
+        request = Request((yield from until(b"\r\n\r\n", settings.max_header_size, 414)))
+        del buffer[:4]
+        length = request.headers.get("content-length", "0")
+        chunked = "transfer-encoding" in request.headers
+        if not _LENGTH.fullmatch(length):
+            raise HTTPError(400, "Bad Content-Length")
+        if chunked:  # RFC 9112, 6.3
+            codings = request.members("transfer-encoding")
+            if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
+                raise HTTPError(400, "Bad Transfer-Encoding")
+            if codings != ["chunked"]:
+                raise HTTPError(501, "Only chunked is implemented")
+        size = int(length)
+        if size > settings.max_body_size:
+            raise HTTPError(413)
+        if size or chunked:
+            expect = request.headers.get("expect", "").lower()
+            if expect == "100-continue" and not (request.http_1_0 or buffer):
+                yield b"HTTP/1.1 100 Continue\r\n\r\n"
+            request.body = yield from chunks() if chunked else take(size)
+        yield request
 
 
 # ---------------------------------------------------------------------------------- websocket
@@ -1305,17 +1279,18 @@ class HTTPConnection(asyncio.Protocol):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
     def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
-        self._app, self._settings = app, app.config
+        self._app = app
         self._writer = writer  # its finaliser closes the transport
         self.transport: Any = writer.transport
         peer = self.transport.get_extra_info("peername")
         self._address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._requests = RequestReader(app.config.max_header_size, app.config.max_body_size)
+        self._buffer = bytearray()
+        self._requests = read_requests(self._buffer, app.config)
         self._begun = False  # a part of a request is here
         self._behind = False  # the peer must read first
         self._half_closed = False  # the peer sends no more
         self._ended = False  # nothing more is answered
-        self.task: asyncio.Task[Any] | None = None  # the answer that is awaited
+        self.task: asyncio.Task[None] | None = None  # the answer that is awaited
         self._wait(app.config.keep_alive_timeout)
         app._http.add(self)
         self.transport.set_protocol(self)
@@ -1327,102 +1302,79 @@ class HTTPConnection(asyncio.Protocol):
         self.deadline = self._app._now() + seconds + size / _SLOWEST
 
     def data_received(self, data: bytes) -> None:
-        """The peer's bytes."""
-        if self._ended:
-            return
-        self._requests.receive(data)
-        self.deadline += len(data) / _SLOWEST
-        self._work()
-        if (self.task or self._behind) and len(self._requests.buffer) > _READ_AHEAD:
-            self.transport.pause_reading()
+        if not self._ended:
+            self._buffer += data
+            self.deadline += len(data) / _SLOWEST
+            self.work()
+            if (self.task or self._behind) and len(self._buffer) > _READ_AHEAD:
+                self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """The peer sends no more; what it asked for before is still answered."""
-        self._half_closed = True
-        self._work()
+        self._half_closed = True  # what the peer asked for before is still answered
+        self.work()
         return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is gone."""
         self._ended = True
         if not self.task:
             self._app._http.discard(self)
 
     def pause_writing(self) -> None:
-        """The transport is full."""
         self._behind = True
 
     def resume_writing(self) -> None:
-        """The transport has room again."""
         self._behind = False
-        self._app._soon(self._work)
+        self._app._soon(self.work)
 
-    def shut(self) -> None:
-        """Close, if nothing but an answer is under way."""
-        if not (self.task or self._begun or self._ended):
-            self._ended = True
-            self.transport.close()
-
-    def _work(self) -> None:
+    def work(self) -> None:
         """Answer the next request, if it has arrived and the peer reads its answers."""
+        if self._app._stopping and not (self.task or self._begun):
+            self._end()
         if self.task or self._behind or self._ended:
             return
-        requests = self._requests
+        self.transport.resume_reading()
         try:
-            request = requests.next()
-        except HTTPError as error:  # nothing more can be read
+            found = next(self._requests)
+        except HTTPError as error:
             self._refuse(error)
             return
-        if request:
-            request.address = self._address
+        if isinstance(found, Request):
+            found.address = self._address
             self._begun, self.deadline = False, math.inf
-            task: Any = asyncio.Task(self._app._answer(request), loop=self._app._loop, **_EAGER)
-            self.task = task
-            if task.done():
-                self._answered(request, task)
-            else:
-                task.add_done_callback(functools.partial(self._answered, request))
-            return
-        self.transport.resume_reading()
-        if requests.expects_continue:
-            requests.expects_continue = False
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._half_closed or self._app._stopping and not requests.begun:
-            self._ended = True
-            self.transport.close()
-        elif requests.begun and not self._begun:
-            self._begun = True
-            self._wait(self._settings.handshake_timeout, len(requests.buffer))
+            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
+            self.task = None if task.done() else task
+        elif self._half_closed:
+            self._end()
+        elif found is not None:
+            self.transport.write(found)
+            if not self._begun:
+                self._begun = True
+                self._wait(self._app.config.handshake_timeout, len(self._buffer))
 
-    def _answered(self, request: Request, task: asyncio.Task[Any]) -> None:
+    async def _answer(self, request: Request) -> None:
         """Send the answer, or become a WebSocket."""
+        answer = await self._app._answer(request)
         self.task = None
-        rest = self._requests.buffer
-        upgraded = not task.cancelled() and isinstance(task.result(), ChannelClient)
-        if (task.cancelled() or self._ended or self.transport.is_closing()
-                or upgraded and self._half_closed):
-            self._app._http.discard(self)  # the server goes down, or the peer is gone
+        if self._ended or self._half_closed and isinstance(answer, ChannelClient):
+            self._app._http.discard(self)  # the peer is gone
             self.transport.abort()
-        elif upgraded and len(self._app._sockets) >= self._settings.max_clients:
-            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-        elif upgraded:
+        elif isinstance(answer, ChannelClient):
             self._app._http.discard(self)
-            task.result()._attach(self._writer)
-            task.result().data_received(bytes(rest))  # it arrived behind the request
+            answer._attach(self._writer)
+            answer.data_received(bytes(self._buffer))  # it arrived behind the request
         else:
-            answer = task.result()
-            self._wait(self._settings.keep_alive_timeout, len(answer.body))
             self._ended = (request.http_1_0 or self._app._stopping
                            or "close" in request.members("connection"))  # RFC 9112, 9.3
+            self._wait(self._app.config.keep_alive_timeout, len(answer.body))
             self.transport.write(answer.encode(request.method == "HEAD", self._ended))
             if self._ended:
                 self.transport.close()
-            elif rest or self._half_closed:
-                self._app._soon(self._work)  # not now: others have their turn
+            elif self._buffer or self._half_closed:
+                self._app._soon(self.work)  # not now: others have their turn
 
     def _refuse(self, error: HTTPError) -> None:
         logger.warning("refused %s: %s", self._address, error)
-        self._ended = True
+        self._begun, self._ended = False, True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
         if self.transport.can_write_eof():  # read on: a reset could overtake the answer
@@ -1432,6 +1384,10 @@ class HTTPConnection(asyncio.Protocol):
         else:
             self.transport.close()
 
+    def _end(self) -> None:
+        self._ended = True
+        self.transport.close()
+
     def expire(self) -> None:
         """Called by the sweep when the deadline is over."""
         if self._behind or self._ended:
@@ -1439,7 +1395,7 @@ class HTTPConnection(asyncio.Protocol):
         elif self._begun:
             self._refuse(HTTPError(408))
         else:
-            self.shut()
+            self._end()
 
 
 class _Origin:
@@ -1918,7 +1874,7 @@ class WebChannels:
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
-        if self._stopping:
+        if self._stopping or len(self._sockets) >= self.config.max_clients:
             raise HTTPError(503, headers={"Retry-After": "5"})
         return client
 
@@ -2079,7 +2035,7 @@ class WebChannels:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
         for connection in list(self._http):
-            connection.shut()
+            connection.work()
         for client in list(self._sockets):
             client._shut()
         end = self._now() + self.config.shutdown_timeout
