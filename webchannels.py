@@ -430,6 +430,8 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes: RFC 6455, 5.2
 FAIL = -1  # the event of a broken rule; no opcode
+# The close codes that may be on the wire (RFC 6455, 7.4, and the IANA registry).
+CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 SUBPROTOCOL = "webchannels.v1"
 _KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 # A parameter of permessage-deflate, and its value without quotes (RFC 7692, 7.1).
@@ -441,18 +443,14 @@ _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 _from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
-# (TEXT, str), (BINARY, PING or PONG, bytes), (CLOSE, (code, reason)) or (FAIL, ProtocolError).
+# (TEXT, str), (BINARY, PING or PONG, bytes), or (CLOSE or FAIL, (code, reason)).
 Event = tuple[int, Any]  # a plain tuple, since there is one for each message
 # Whether the client speaks webchannels.v1, and the window bits of what it is sent (0: plain).
 Dialect = tuple[bool, int]
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455 or 7692; `code` is the close code to fail with."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{code} {reason}")
-        self.code, self.reason = code, reason
+    """The peer broke a rule of RFC 6455 or 7692; `args` are the close code and the reason."""
 
 
 def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
@@ -516,8 +514,8 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_done", "_final", "_head", "_inflate", "_left", "_mask", "_max", "_message",
-                 "frames", "more", "unfinished")
+    __slots__ = ("_final", "_head", "_inflate", "_left", "_mask", "_max", "_message", "frames",
+                 "more", "unfinished")
 
     def __init__(self, max_message_size: int, inflate: bool = False) -> None:
         """`inflate`: was permessage-deflate agreed on?"""
@@ -525,52 +523,48 @@ class FrameReader:
         self.frames = 0  # how many were begun
         self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
-        self._done = False
-        self._head = b""  # what waits: part of a header, part of a control frame, or `more`
+        # What waits: part of a header, part of a control frame, or `more`. None: it is over.
+        self._head: bytes | None = b""
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
         events: list[Event] = []
-        try:
-            if not self._done:
-                self._receive(self._head + data, events)
-        except ProtocolError as error:
-            events.append((FAIL, error))
-        except (UnicodeDecodeError, zlib.error) as error:
-            events.append((FAIL, ProtocolError(1007, str(error))))
-        if events and events[-1][0] in (FAIL, CLOSE):
-            self._done, self._head, self._message, self.unfinished = True, b"", None, 0
-        return events
-
-    def _receive(self, data: bytes, events: list[Event]) -> None:
+        if self._head is None:
+            return events
+        data = self._head + data
         at, end = 0, len(data)
         self.more = False
-        if self._message and self._left:
-            at = self._payload(self._message, data, 0, events)
-        for _ in range(1000):  # of tiny frames a chunk holds tens of thousands
-            if end - at < 2 or self.more:
-                break
-            size = data[at + 1] - 128
-            start = at + 6
-            # The common frame: a short text message, masked and in one piece.
-            if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
-                    and start + size <= end and not self._message):
-                self.frames += 1
-                at = start + size
-                events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
-            else:
-                stop = self._frame(data, at, events)
-                if stop == at:
-                    break
-                at = stop
-        else:
-            self.more = True
-        self.more = self.more and at < end
+        most = self.frames + 1000  # of tiny frames a chunk holds tens of thousands
+        try:
+            if self._message and self._left:
+                at = self._payload(self._message, data, 0, events)
+            while end - at >= 2 and self.frames < most and not self.more:
+                size = data[at + 1] - 128
+                start = at + 6
+                # The common frame: a short text message, masked and in one piece.
+                if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
+                        and start + size <= end and not self._message):
+                    self.frames += 1
+                    at = start + size
+                    events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
+                else:
+                    stop = self._frame(data, at, events)
+                    if stop == at:
+                        break
+                    at = stop
+        except ProtocolError as error:
+            events.append((FAIL, error.args))
+        except (UnicodeDecodeError, zlib.error) as error:
+            events.append((FAIL, (1007, str(error))))
+        self.more = at < end and (self.more or self.frames == most)
         self._head = data[at:]
         if not self._left:
             self.unfinished = len(self._head)
+        if events and events[-1][0] in (FAIL, CLOSE):
+            self._head, self._message, self.unfinished, self.more = None, None, 0, False
+        return events
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
@@ -606,7 +600,7 @@ class FrameReader:
             payload = unmask(data[start:stop], self._mask)
             if opcode == CLOSE:
                 code = int.from_bytes(payload[:2], "big") if payload else 1005  # none: 7.1.5
-                if payload and not is_wire_close_code(code):
+                if payload and code not in CLOSE_CODES:
                     raise ProtocolError(1002, "bad close code")
                 events.append((CLOSE, (code, payload[2:].decode())))
                 return len(data)
@@ -672,11 +666,6 @@ class _Message:
                 raise ProtocolError(1007, "deflate data cut short")
         self.decoder.decode(b"", True)
         return self.empty.join(self.parts)
-
-
-def is_wire_close_code(code: int) -> bool:
-    """May this code stand in a Close frame (RFC 6455, 7.4, and the IANA registry)?"""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
 
 
 def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
@@ -870,7 +859,7 @@ class ChannelClient(asyncio.Protocol):
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
         123 bytes. Raises ValueError for others.
         """
-        if not is_wire_close_code(code) or len(reason.encode()) > 123:
+        if code not in CLOSE_CODES or len(reason.encode()) > 123:
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
         self._close(code, reason)
 
@@ -948,8 +937,8 @@ class ChannelClient(asyncio.Protocol):
                     if not self._closing:
                         self._app._message(self, data)
                 elif kind == FAIL:
-                    logger.warning("%r broke the protocol: %s", self, data)
-                    self._close(data.code, data.reason)
+                    logger.warning("%r broke the protocol: %s %s", self, *data)
+                    self._close(*data)
                     self._flush()
                     # The peer may be sending still: it is read to its end (RFC 6455, 7.1.7), or
                     # it might lose our Close frame to a reset.
