@@ -2775,11 +2775,12 @@ class UpAndDownTest(unittest.TestCase):
                     self.assertEqual(url, second)
 
     def test_down_lets_what_runs_finish(self) -> None:
-        app = self.app(shutdown_timeout=5)
+        app = self.app(shutdown_timeout=60)
         url = app.up(0, block=False)
         with WebSocketClient(url) as client, Connection(url + "/sleep") as http, \
-                WebSocketClient(url) as idle, Connection(url) as unused:
+                WebSocketClient(url) as idle, Connection(url) as unused, Connection(url) as begun:
             http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            begun.send_raw(b"GET / HTTP/1.1\r\n")
             client.send_json({"channel": "____", "message": "echo", "payload": "a"})
             client.send_json({"channel": "____", "message": "sleep", "payload": 0.2})
             self.assertEqual(client.recv_text(), "a")
@@ -2792,6 +2793,9 @@ class UpAndDownTest(unittest.TestCase):
             reply = http.response()
             self.assertEqual((reply.body, reply.headers["connection"]), (b"slept", "close"))
             self.assertEqual(unused.rest(), b"")
+            begun.send_raw(b"Host: localhost\r\n\r\n")
+            reply = begun.response()
+            self.assertEqual((reply.body, reply.headers["connection"]), (b"page", "close"))
             for thread in threads:
                 thread.join(10)
                 self.assertFalse(thread.is_alive())

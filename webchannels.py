@@ -615,10 +615,11 @@ class FrameReader:
         """Take what has arrived of a data frame's payload; return where it stops."""
         part = data[start:start + self._left]
         self._left -= len(part)
-        message.add(unmask(part, self._mask))
+        last = self._final and not self._left
+        whole = message.add(unmask(part, self._mask), last)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
-        if self._final and not self._left:
-            events.append((message.opcode, message.finish()))
+        if last:
+            events.append((message.opcode, whole))
             self._message = None
             self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
         return start + len(part)
@@ -631,12 +632,14 @@ class _Message:
         self.opcode, self.max_size = opcode, max_size
         self.size = self.final_blocks = 0
         self.parts: list[Any] = []  # of str, if it is text, or of bytes
-        self.empty: Any = "" if opcode == TEXT else b""
+        self.join: Any = ("" if opcode == TEXT else b"").join
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.inflater: Any = zlib.decompressobj(-15) if compressed else None
 
-    def add(self, data: bytes) -> None:
-        """Inflate and check what has arrived; never inflate past the greatest size."""
+    def add(self, data: bytes, last: bool) -> Any:
+        """Inflate, within the greatest size, and check; return the message after its last part."""
+        if last and self.inflater:
+            data += _DEFLATE_TAIL
         while data:
             part, data = data, b""
             if self.inflater:
@@ -656,16 +659,13 @@ class _Message:
             if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
                 raise ProtocolError(1007, "text is not UTF-8")
         if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
-            self.parts = [self.empty.join(self.parts)]
-
-    def finish(self) -> Any:
-        """The whole message, as str or bytes."""
-        if self.inflater:
-            self.add(_DEFLATE_TAIL)
-            if not self.inflater.eof:
-                raise ProtocolError(1007, "deflate data cut short")
+            self.parts = [self.join(self.parts)]
+        if not last:
+            return None
+        if self.inflater and not self.inflater.eof:
+            raise ProtocolError(1007, "deflate data cut short")
         self.decoder.decode(b"", True)
-        return self.empty.join(self.parts)
+        return self.join(self.parts)
 
 
 def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
@@ -1366,11 +1366,10 @@ class HTTPConnection(asyncio.Protocol):
         self._begun, self._ended = False, True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
-        if self.transport.can_write_eof():  # read on: a reset could overtake the answer
-            self.transport.resume_reading()
-            with contextlib.suppress(OSError):  # the peer is gone already
-                self.transport.write_eof()
-        else:
+        self.transport.resume_reading()  # a reset could overtake the answer
+        try:
+            self.transport.write_eof()
+        except (NotImplementedError, OSError):  # TLS cannot, or the peer is gone
             self.transport.close()
 
     def _end(self) -> None:
