@@ -1363,6 +1363,16 @@ class HttpTest(ServerTest):
             for _ in range(5):
                 self.assertEqual(len(connection.response().body), 20_000_000)
 
+    def test_a_half_closed_peer_gets_its_answers(self) -> None:
+        asked = b"GET /async?q=%d HTTP/1.1\r\nHost: localhost\r\nUser-Agent: me\r\n\r\n"
+        for count in (0, 1, 2):
+            with Connection(self.url) as connection:
+                connection.send_raw(b"".join(asked % number for number in range(count)) + b"GET")
+                connection.sock.shutdown(socket.SHUT_WR)
+                for number in range(count):
+                    self.assertEqual(connection.response().body, b"GET me %d" % number)
+                self.assertEqual(connection.rest(), b"")
+
     def test_who_is_still_sending_can_read_why_it_is_refused(self) -> None:
         with Connection(self.url) as connection:
             connection.send_raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\n"

@@ -268,10 +268,8 @@ class Request:
             self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
             hosts.append(self.headers["host"])
             self.target = slash + rest or "/"
-        elif self.method == "CONNECT":
-            raise HTTPError(501)
         elif self.target[0] != "/" and (self.method, self.target) != ("OPTIONS", "*"):
-            raise HTTPError(400, "Bad request target")
+            raise HTTPError(501 if self.method == "CONNECT" else 400, "Bad request target")
         # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
         if not all(map(_HOST.fullmatch, hosts)):
             raise HTTPError(400, "One valid Host is needed")
@@ -568,9 +566,8 @@ class FrameReader:
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
-        first, length = data[at], data[at + 1] & 127
+        first, length, message = data[at], data[at + 1] & 127, self._message
         opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
-        message = self._message
         if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
         if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
@@ -1366,9 +1363,8 @@ class HTTPConnection(asyncio.Protocol):
         self._begun, self._ended = False, True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
-        self.transport.resume_reading()  # a reset could overtake the answer
         try:
-            self.transport.write_eof()
+            self.transport.write_eof()  # and read on: a reset could overtake the answer
         except (NotImplementedError, OSError):  # TLS cannot, or the peer is gone
             self.transport.close()
 
