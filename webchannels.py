@@ -1341,9 +1341,12 @@ class HTTPConnection(asyncio.Protocol):
         """Send the answer, or become a WebSocket."""
         answer = await self._app._answer(request)
         self.task = None
-        if self._ended or self._half_closed and isinstance(answer, ChannelClient):
+        upgraded = isinstance(answer, ChannelClient)
+        if self._ended or upgraded and self._half_closed:
             self._app._http.discard(self)  # the peer is gone
             self.transport.abort()
+        elif upgraded and len(self._app._sockets) >= self._app.config.max_clients:
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
             self._app._http.discard(self)
             answer._attach(self._writer)
@@ -1858,7 +1861,7 @@ class WebChannels:
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
-        if self._stopping or len(self._sockets) >= self.config.max_clients:
+        if self._stopping:
             raise HTTPError(503, headers={"Retry-After": "5"})
         return client
 
