@@ -293,10 +293,9 @@ class Request:
 
         Raises HTTPError 400 for what cannot be read.
         """
-        found: dict[str, Any] = {}
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
-            found.update(_parse_form(self.query) if self.query else ())
+            found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
             if kind == "application/x-www-form-urlencoded":
                 found.update(_parse_form(self.body.decode()))
             elif self.body and (kind == "application/json" or kind.endswith("+json")):
@@ -502,7 +501,7 @@ def unmask(data: bytes, mask: bytes) -> bytes:
     end = size - size % _BLOCK
     blocks = [(_from_bytes(data[at:at + _BLOCK], "little") ^ key).to_bytes(_BLOCK, "little")
               for at in range(0, end, _BLOCK)]
-    return b"".join(blocks) + unmask(data[end:], mask)
+    return b"".join([*blocks, unmask(data[end:], mask)])
 
 
 class FrameReader:
@@ -665,15 +664,14 @@ class _Message:
         return self.join(self.parts)
 
 
-def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2)."""
-    first = (0xC0 if compressed else 0x80) | opcode
     size = len(payload)
     if size < 126:
-        return bytes((first, size)) + payload
+        return bytes((0x80 | opcode, size)) + payload
     if size < 65536:
-        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
-    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
 def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
@@ -682,7 +680,7 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
         deflater = zlib.compressobj(wbits=-bits)
         packed = deflater.compress(body) + deflater.flush(zlib.Z_SYNC_FLUSH)
         if len(packed) - 4 < len(body):
-            return encode_frame(opcode, packed[:-4], compressed=True)
+            return encode_frame(0x40 | opcode, packed[:-4])  # RSV1
     return encode_frame(opcode, body)
 
 
