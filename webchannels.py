@@ -272,10 +272,8 @@ class Request:
             self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
             hosts.append(self.headers["host"])
             self.target = slash + rest or "/"
-        elif self.method == "CONNECT":
-            raise HTTPError(501)
         elif self.target[0] != "/" and (self.method, self.target) != ("OPTIONS", "*"):
-            raise HTTPError(400, "Bad request target")
+            raise HTTPError(501 if self.method == "CONNECT" else 400, "Bad request target")
         # RFC 9112, 3.2: exactly one valid Host (two are joined by a comma); HTTP/1.0 may have none.
         if not all(map(_HOST.fullmatch, hosts)):
             raise HTTPError(400, "One valid Host is needed")
@@ -299,10 +297,9 @@ class Request:
 
         Raises HTTPError 400 for what cannot be read.
         """
-        found: dict[str, Any] = {}
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
-            found.update(_parse_form(self.query) if self.query else ())
+            found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
             if kind == "application/x-www-form-urlencoded":
                 found.update(_parse_form(self.body.decode()))
             elif self.body and (kind == "application/json" or kind.endswith("+json")):
@@ -355,112 +352,88 @@ class Response:
         return head + self.body if has_body and not head_only else head
 
 
-class RequestReader:
-    """Reads HTTP/1.1 requests (RFC 9112): bytes in by `receive()`, requests out by `next()`.
+def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | bytes | None]:
+    """Read HTTP/1.1 requests (RFC 9112) from `buffer`, to which bytes are added between the steps.
 
-    It does no I/O. What two readers might understand differently is refused, never repaired.
+    Yields None while no request has begun, what to send (mostly nothing) while one is incomplete,
+    then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
+    What two readers might understand differently is refused, never repaired.
     """
-
-    def __init__(self, max_header_size: int, max_body_size: int) -> None:
-        self.buffer = bytearray()  # what is not yet understood; after an upgrade, not HTTP
-        self.begun = False  # has a part of the next request arrived?
-        self.expects_continue = False
-        self._max_header_size, self._max_body_size = max_header_size, max_body_size
-        self._requests = self._read()
-
-    def receive(self, data: bytes) -> None:
-        """Take bytes from the peer."""
-        self.buffer += data
-
-    def next(self) -> Request | None:
-        """The next complete request, or None. Raises HTTPError; then nothing more may be read."""
-        return next(self._requests)
-
-    # What follows are generators: they yield None where more bytes are needed.
-
-    def _read(self) -> Iterator[Request | None]:
-        while True:
-            self.begun = False
-            while bytes(self.buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
-                if len(self.buffer) < 2:
-                    yield None
-                else:
-                    del self.buffer[:2]
-            self.begun = True
-            request = Request((yield from self._until(b"\r\n\r\n", self._max_header_size, 414)))
-            del self.buffer[:4]
-            size = _body_size(request)
-            if size > self._max_body_size:
-                raise HTTPError(413)
-            if size:
-                expect = request.headers.get("expect", "").lower()
-                self.expects_continue = expect == "100-continue" and not request.http_1_0
-                request.body = yield from self._chunks() if size < 0 else self._take(size)
-                self.expects_continue = False
-            yield request
-
-    def _until(self, end: bytes, limit: int, status: int) -> Any:
-        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
-        seen = 0
-        while True:
-            at = self.buffer.find(end, seen, limit)
-            if at >= 0:
-                return (yield from self._take(at)).decode("latin-1")
-            if _BAD_LINE_END.search(self.buffer, seen, limit):
-                raise HTTPError(400, "Bad line ending")
-            if len(self.buffer) >= limit:
-                raise HTTPError(431 if b"\n" in self.buffer[:limit] else status)
-            seen = max(len(self.buffer) - 3, 0)  # `end` may have begun there
-            yield None
-
-    def _take(self, size: int) -> Any:
-        while len(self.buffer) < size:
-            yield None
-        part = bytes(self.buffer[:size])
-        del self.buffer[:size]
+    def take(size: int) -> Any:
+        while len(buffer) < size:
+            yield b""
+        part = bytes(buffer[:size])
+        del buffer[:size]
         return part
 
-    def _chunks(self) -> Any:
+    def until(end: bytes, limit: int, status: int) -> Any:
+        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        seen = 0
+        while (at := buffer.find(end, seen, limit)) < 0:
+            if _BAD_LINE_END.search(buffer, seen, limit):
+                raise HTTPError(400, "Bad line ending")
+            if len(buffer) >= limit:
+                raise HTTPError(431 if b"\n" in buffer[:limit] else status)
+            seen = max(len(buffer) - 3, 0)  # `end` may have begun there
+            yield b""
+        return (yield from take(at)).decode("latin-1")
+
+    def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        while True:
-            match = _CHUNK_SIZE.fullmatch((yield from self._until(b"\r\n", 256, 400)))
+        size = -1
+        while size:
+            match = _CHUNK_SIZE.fullmatch((yield from until(b"\r\n", 256, 400)))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
-            if not size:
-                trailer = yield from self._until(b"\r\n\r\n", self._max_header_size, 431)
-                del self.buffer[:4]
-                if not _FIELDS.fullmatch(trailer):
-                    raise HTTPError(400, "Bad trailer")
-                return bytes(body)
-            if len(body) + size > self._max_body_size:
+            if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
-            chunk = yield from self._take(2 + size + 2)  # with the line ends around it
-            if not chunk.endswith(b"\r\n"):
-                raise HTTPError(400, "Bad chunk")
-            body += chunk[2:-2]
+            if size:
+                chunk = yield from take(2 + size + 2)  # with the line ends around it
+                if not chunk.endswith(b"\r\n"):
+                    raise HTTPError(400, "Bad chunk")
+                body += chunk[2:-2]
+        if not _FIELDS.fullmatch((yield from until(b"\r\n\r\n", settings.max_header_size, 431))):
+            raise HTTPError(400, "Bad trailer")
+        del buffer[:4]
+        return bytes(body)
 
-
-def _body_size(request: Request) -> int:
-    """The body's size (RFC 9112, 6.3); -1: it is chunked. Raises HTTPError."""
-    size = request.headers.get("content-length", "0")
-    if not _LENGTH.fullmatch(size):
-        raise HTTPError(400, "Bad Content-Length")
-    if "transfer-encoding" not in request.headers:
-        return int(size)
-    codings = request.members("transfer-encoding")
-    if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
-        raise HTTPError(400, "Bad Transfer-Encoding")
-    if codings != ["chunked"]:
-        raise HTTPError(501, "Only chunked is implemented")
-    return -1
+    while True:
+        while bytes(buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
+            if len(buffer) < 2:
+                yield None
+            else:
+                del buffer[:2]
+        request = Request((yield from until(b"\r\n\r\n", settings.max_header_size, 414)))
+        del buffer[:4]
+        length = request.headers.get("content-length", "0")
+        chunked = "transfer-encoding" in request.headers
+        if not _LENGTH.fullmatch(length):
+            raise HTTPError(400, "Bad Content-Length")
+        if chunked:  # RFC 9112, 6.3
+            codings = request.members("transfer-encoding")
+            if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
+                raise HTTPError(400, "Bad Transfer-Encoding")
+            if codings != ["chunked"]:
+                raise HTTPError(501, "Only chunked is implemented")
+        size = int(length)
+        if size > settings.max_body_size:
+            raise HTTPError(413)
+        if size or chunked:
+            expect = request.headers.get("expect", "").lower()
+            if expect == "100-continue" and not (request.http_1_0 or buffer):
+                yield b"HTTP/1.1 100 Continue\r\n\r\n"
+            request.body = yield from chunks() if chunked else take(size)
+        yield request
 
 
 # ---------------------------------------------------------------------------------- websocket
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes: RFC 6455, 5.2
 FAIL = -1  # the event of a broken rule; no opcode
+# The close codes that may be on the wire (RFC 6455, 7.4, and the IANA registry).
+CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 SUBPROTOCOL = "webchannels.v1"
 _KEY_SUFFIX = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 # A parameter of permessage-deflate, and its value without quotes (RFC 7692, 7.1).
@@ -472,18 +445,14 @@ _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 _from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
-# (TEXT, str), (BINARY, PING or PONG, bytes), (CLOSE, (code, reason)) or (FAIL, ProtocolError).
+# (TEXT, str), (BINARY, PING or PONG, bytes), or (CLOSE or FAIL, (code, reason)).
 Event = tuple[int, Any]  # a plain tuple, since there is one for each message
 # Whether the client speaks webchannels.v1, and the window bits of what it is sent (0: plain).
 Dialect = tuple[bool, int]
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455 or 7692; `code` is the close code to fail with."""
-
-    def __init__(self, code: int, reason: str) -> None:
-        super().__init__(f"{code} {reason}")
-        self.code, self.reason = code, reason
+    """The peer broke a rule of RFC 6455 or 7692; `args` are the close code and the reason."""
 
 
 def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
@@ -537,7 +506,7 @@ def unmask(data: bytes, mask: bytes) -> bytes:
     end = size - size % _BLOCK
     blocks = [(_from_bytes(data[at:at + _BLOCK], "little") ^ key).to_bytes(_BLOCK, "little")
               for at in range(0, end, _BLOCK)]
-    return b"".join(blocks) + unmask(data[end:], mask)
+    return b"".join([*blocks, unmask(data[end:], mask)])
 
 
 class FrameReader:
@@ -547,8 +516,8 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_done", "_final", "_head", "_inflate", "_left", "_mask", "_max", "_message",
-                 "frames", "more", "unfinished")
+    __slots__ = ("_final", "_head", "_inflate", "_left", "_mask", "_max", "_message", "frames",
+                 "more", "unfinished")
 
     def __init__(self, max_message_size: int, inflate: bool = False) -> None:
         """`inflate`: was permessage-deflate agreed on?"""
@@ -556,58 +525,53 @@ class FrameReader:
         self.frames = 0  # how many were begun
         self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
-        self._done = False
-        self._head = b""  # what waits: part of a header, part of a control frame, or `more`
+        # What waits: part of a header, part of a control frame, or `more`. None: it is over.
+        self._head: bytes | None = b""
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
         events: list[Event] = []
-        try:
-            if not self._done:
-                self._receive(self._head + data, events)
-        except ProtocolError as error:
-            events.append((FAIL, error))
-        except (UnicodeDecodeError, zlib.error) as error:
-            events.append((FAIL, ProtocolError(1007, str(error))))
-        if events and events[-1][0] in (FAIL, CLOSE):
-            self._done, self._head, self._message, self.unfinished = True, b"", None, 0
-        return events
-
-    def _receive(self, data: bytes, events: list[Event]) -> None:
+        if self._head is None:
+            return events
+        data = self._head + data
         at, end = 0, len(data)
         self.more = False
-        if self._message and self._left:
-            at = self._payload(self._message, data, 0, events)
-        for _ in range(1000):  # of tiny frames a chunk holds tens of thousands
-            if end - at < 2 or self.more:
-                break
-            size = data[at + 1] - 128
-            start = at + 6
-            # The common frame: a short text message, masked and in one piece.
-            if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
-                    and start + size <= end and not self._message):
-                self.frames += 1
-                at = start + size
-                events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
-            else:
-                stop = self._frame(data, at, events)
-                if stop == at:
-                    break
-                at = stop
-        else:
-            self.more = True
-        self.more = self.more and at < end
+        most = self.frames + 1000  # of tiny frames a chunk holds tens of thousands
+        try:
+            if self._message and self._left:
+                at = self._payload(self._message, data, 0, events)
+            while end - at >= 2 and self.frames < most and not self.more:
+                size = data[at + 1] - 128
+                start = at + 6
+                # The common frame: a short text message, masked and in one piece.
+                if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
+                        and start + size <= end and not self._message):
+                    self.frames += 1
+                    at = start + size
+                    events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
+                else:
+                    stop = self._frame(data, at, events)
+                    if stop == at:
+                        break
+                    at = stop
+        except ProtocolError as error:
+            events.append((FAIL, error.args))
+        except (UnicodeDecodeError, zlib.error) as error:
+            events.append((FAIL, (1007, str(error))))
+        self.more = at < end and (self.more or self.frames == most)
         self._head = data[at:]
         if not self._left:
             self.unfinished = len(self._head)
+        if events and events[-1][0] in (FAIL, CLOSE):
+            self._head, self._message, self.unfinished, self.more = None, None, 0, False
+        return events
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
-        first, length = data[at], data[at + 1] & 127
+        first, length, message = data[at], data[at + 1] & 127, self._message
         opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
-        message = self._message
         if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
         if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
@@ -637,7 +601,7 @@ class FrameReader:
             payload = unmask(data[start:stop], self._mask)
             if opcode == CLOSE:
                 code = int.from_bytes(payload[:2], "big") if payload else 1005  # none: 7.1.5
-                if payload and not is_wire_close_code(code):
+                if payload and code not in CLOSE_CODES:
                     raise ProtocolError(1002, "bad close code")
                 events.append((CLOSE, (code, payload[2:].decode())))
                 return len(data)
@@ -652,10 +616,11 @@ class FrameReader:
         """Take what has arrived of a data frame's payload; return where it stops."""
         part = data[start:start + self._left]
         self._left -= len(part)
-        message.add(unmask(part, self._mask))
+        last = self._final and not self._left
+        whole = message.add(unmask(part, self._mask), last)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
-        if self._final and not self._left:
-            events.append((message.opcode, message.finish()))
+        if last:
+            events.append((message.opcode, whole))
             self._message = None
             self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
         return start + len(part)
@@ -668,12 +633,14 @@ class _Message:
         self.opcode, self.max_size = opcode, max_size
         self.size = self.final_blocks = 0
         self.parts: list[Any] = []  # of str, if it is text, or of bytes
-        self.empty: Any = "" if opcode == TEXT else b""
+        self.join: Any = ("" if opcode == TEXT else b"").join
         self.decoder = codecs.getincrementaldecoder("utf-8")()
         self.inflater: Any = zlib.decompressobj(-15) if compressed else None
 
-    def add(self, data: bytes) -> None:
-        """Inflate and check what has arrived; never inflate past the greatest size."""
+    def add(self, data: bytes, last: bool) -> Any:
+        """Inflate, within the greatest size, and check; return the message after its last part."""
+        if last and self.inflater:
+            data += _DEFLATE_TAIL
         while data:
             part, data = data, b""
             if self.inflater:
@@ -693,32 +660,23 @@ class _Message:
             if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
                 raise ProtocolError(1007, "text is not UTF-8")
         if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
-            self.parts = [self.empty.join(self.parts)]
-
-    def finish(self) -> Any:
-        """The whole message, as str or bytes."""
-        if self.inflater:
-            self.add(_DEFLATE_TAIL)
-            if not self.inflater.eof:
-                raise ProtocolError(1007, "deflate data cut short")
+            self.parts = [self.join(self.parts)]
+        if not last:
+            return None
+        if self.inflater and not self.inflater.eof:
+            raise ProtocolError(1007, "deflate data cut short")
         self.decoder.decode(b"", True)
-        return self.empty.join(self.parts)
+        return self.join(self.parts)
 
 
-def is_wire_close_code(code: int) -> bool:
-    """May this code stand in a Close frame (RFC 6455, 7.4, and the IANA registry)?"""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
-
-
-def encode_frame(opcode: int, payload: bytes, compressed: bool = False) -> bytes:
+def encode_frame(opcode: int, payload: bytes) -> bytes:
     """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2)."""
-    first = (0xC0 if compressed else 0x80) | opcode
     size = len(payload)
     if size < 126:
-        return bytes((first, size)) + payload
+        return bytes((0x80 | opcode, size)) + payload
     if size < 65536:
-        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
-    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
 def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
@@ -727,7 +685,7 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
         deflater = zlib.compressobj(wbits=-bits)
         packed = deflater.compress(body) + deflater.flush(zlib.Z_SYNC_FLUSH)
         if len(packed) - 4 < len(body):
-            return encode_frame(opcode, packed[:-4], compressed=True)
+            return encode_frame(0x40 | opcode, packed[:-4])  # RSV1
     return encode_frame(opcode, body)
 
 
@@ -916,7 +874,7 @@ class ChannelClient(asyncio.Protocol):
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
         123 bytes. Raises ValueError for others.
         """
-        if not is_wire_close_code(code) or len(reason.encode()) > 123:
+        if code not in CLOSE_CODES or len(reason.encode()) > 123:
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
         self._close(code, reason)
 
@@ -994,8 +952,8 @@ class ChannelClient(asyncio.Protocol):
                     if not self._closing:
                         self._app._message(self, data)
                 elif kind == FAIL:
-                    logger.warning("%r broke the protocol: %s", self, data)
-                    self._close(data.code, data.reason)
+                    logger.warning("%r broke the protocol: %s %s", self, *data)
+                    self._close(*data)
                     self._flush()
                     # The peer may be sending still: it is read to its end (RFC 6455, 7.1.7), or
                     # it might lose our Close frame to a reset.
@@ -1375,17 +1333,18 @@ class HTTPConnection(asyncio.Protocol):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
     def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
-        self._app, self._settings = app, app.config
+        self._app = app
         self._writer = writer  # its finaliser closes the transport
         self.transport: Any = writer.transport
         peer = self.transport.get_extra_info("peername")
         self._address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._requests = RequestReader(app.config.max_header_size, app.config.max_body_size)
+        self._buffer = bytearray()
+        self._requests = read_requests(self._buffer, app.config)
         self._begun = False  # a part of a request is here
         self._behind = False  # the peer must read first
         self._half_closed = False  # the peer sends no more
         self._ended = False  # nothing more is answered
-        self.task: asyncio.Task[Any] | None = None  # the answer that is awaited
+        self.task: asyncio.Task[None] | None = None  # the answer that is awaited
         self._wait(app.config.keep_alive_timeout)
         app._http.add(self)
         self.transport.set_protocol(self)
@@ -1397,110 +1356,92 @@ class HTTPConnection(asyncio.Protocol):
         self.deadline = self._app._now() + seconds + size / _SLOWEST
 
     def data_received(self, data: bytes) -> None:
-        """The peer's bytes."""
-        if self._ended:
-            return
-        self._requests.receive(data)
-        self.deadline += len(data) / _SLOWEST
-        self._work()
-        if (self.task or self._behind) and len(self._requests.buffer) > _READ_AHEAD:
-            self.transport.pause_reading()
+        if not self._ended:
+            self._buffer += data
+            self.deadline += len(data) / _SLOWEST
+            self.work()
+            if (self.task or self._behind) and len(self._buffer) > _READ_AHEAD:
+                self.transport.pause_reading()
 
     def eof_received(self) -> bool:
-        """The peer sends no more; what it asked for before is still answered."""
-        self._half_closed = True
-        self._work()
+        self._half_closed = True  # what the peer asked for before is still answered
+        self.work()
         return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The connection is gone."""
         self._ended = True
         if not self.task:
             self._app._http.discard(self)
 
     def pause_writing(self) -> None:
-        """The transport is full."""
         self._behind = True
 
     def resume_writing(self) -> None:
-        """The transport has room again."""
         self._behind = False
-        self._app._soon(self._work)
+        self._app._soon(self.work)
 
-    def shut(self) -> None:
-        """Close, if nothing but an answer is under way."""
-        if not (self.task or self._begun or self._ended):
-            self._ended = True
-            self.transport.close()
-
-    def _work(self) -> None:
+    def work(self) -> None:
         """Answer the next request, if it has arrived and the peer reads its answers."""
+        if self._app._stopping and not (self.task or self._begun):
+            self._end()
         if self.task or self._behind or self._ended:
             return
-        requests = self._requests
+        self.transport.resume_reading()
         try:
-            request = requests.next()
-        except HTTPError as error:  # nothing more can be read
+            found = next(self._requests)
+        except HTTPError as error:
             self._refuse(error)
             return
-        if request:
-            request.address = self._address
+        if isinstance(found, Request):
+            found.address = self._address
             self._begun, self.deadline = False, math.inf
-            task: Any = asyncio.Task(self._app._answer(request), loop=self._app._loop, **_EAGER)
-            self.task = task
-            if task.done():
-                self._answered(request, task)
-            else:
-                task.add_done_callback(functools.partial(self._answered, request))
-            return
-        self.transport.resume_reading()
-        if requests.expects_continue:
-            requests.expects_continue = False
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._half_closed or self._app._stopping and not requests.begun:
-            self._ended = True
-            self.transport.close()
-        elif requests.begun and not self._begun:
-            self._begun = True
-            self._wait(self._settings.handshake_timeout, len(requests.buffer))
+            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
+            self.task = None if task.done() else task
+        elif self._half_closed:
+            self._end()
+        elif found is not None:
+            self.transport.write(found)
+            if not self._begun:
+                self._begun = True
+                self._wait(self._app.config.handshake_timeout, len(self._buffer))
 
-    def _answered(self, request: Request, task: asyncio.Task[Any]) -> None:
+    async def _answer(self, request: Request) -> None:
         """Send the answer, or become a WebSocket."""
+        answer = await self._app._answer(request)
         self.task = None
-        rest = self._requests.buffer
-        upgraded = not task.cancelled() and isinstance(task.result(), ChannelClient)
-        if (task.cancelled() or self._ended or self.transport.is_closing()
-                or upgraded and self._half_closed):
-            self._app._http.discard(self)  # the server goes down, or the peer is gone
+        upgraded = isinstance(answer, ChannelClient)
+        if self._ended or upgraded and self._half_closed:
+            self._app._http.discard(self)  # the peer is gone
             self.transport.abort()
-        elif upgraded and len(self._app._sockets) >= self._settings.max_clients:
+        elif upgraded and len(self._app._sockets) >= self._app.config.max_clients:
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-        elif upgraded:
+        elif isinstance(answer, ChannelClient):
             self._app._http.discard(self)
-            task.result()._attach(self._writer)
-            task.result().data_received(bytes(rest))  # it arrived behind the request
+            answer._attach(self._writer)
+            answer.data_received(bytes(self._buffer))  # it arrived behind the request
         else:
-            answer = task.result()
-            self._wait(self._settings.keep_alive_timeout, len(answer.body))
             self._ended = (request.http_1_0 or self._app._stopping
                            or "close" in request.members("connection"))  # RFC 9112, 9.3
+            self._wait(self._app.config.keep_alive_timeout, len(answer.body))
             self.transport.write(answer.encode(request.method == "HEAD", self._ended))
             if self._ended:
                 self.transport.close()
-            elif rest or self._half_closed:
-                self._app._soon(self._work)  # not now: others have their turn
+            elif self._buffer or self._half_closed:
+                self._app._soon(self.work)  # not now: others have their turn
 
     def _refuse(self, error: HTTPError) -> None:
         logger.warning("refused %s: %s", self._address, error)
-        self._ended = True
+        self._begun, self._ended = False, True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
-        if self.transport.can_write_eof():  # read on: a reset could overtake the answer
-            self.transport.resume_reading()
-            with contextlib.suppress(OSError):  # the peer is gone already
-                self.transport.write_eof()
-        else:
+        try:
+            self.transport.write_eof()  # and read on: a reset could overtake the answer
+        except (NotImplementedError, OSError):  # TLS cannot, or the peer is gone
             self.transport.close()
+
+    def _end(self) -> None:
+        self._ended = True
+        self.transport.close()
 
     def expire(self) -> None:
         """Called by the sweep when the deadline is over."""
@@ -1509,7 +1450,7 @@ class HTTPConnection(asyncio.Protocol):
         elif self._begun:
             self._refuse(HTTPError(408))
         else:
-            self.shut()
+            self._end()
 
 
 class WebChannels:
@@ -2083,7 +2024,7 @@ class WebChannels:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
         for connection in list(self._http):
-            connection.shut()
+            connection.work()
         for client in list(self._sockets):
             client._shut()
         end = self._now() + self.config.shutdown_timeout
