@@ -59,7 +59,7 @@ import weakref
 import webbrowser
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
@@ -821,8 +821,7 @@ def _on_loop(method: H) -> H:
         app: WebChannels = getattr(self, "_app", self)
         if threading.get_ident() == app._thread:
             return method(self, *args, **kwargs)
-        context = contextvars.copy_context()
-        return app._call(lambda: context.run(method, self, *args, **kwargs))
+        return app._call(functools.partial(method, self, *args, **kwargs))
     return call  # type: ignore[return-value]
 
 
@@ -1540,7 +1539,6 @@ class WebChannels:
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: dict[str, Endpoint] = {}
         self._on_disconnect: dict[str, Endpoint] = {}
-        self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
         self._lock, self._done = threading.RLock(), threading.Event()
         self._reset()
         _apps.add(self)
@@ -1747,10 +1745,6 @@ class WebChannels:
         """Unsubscribe `client` from `channel`; False if it was not subscribed."""
         subscribed = channel in client.channels
         client.channels.discard(channel)
-        self._drop(client, channel)
-        return subscribed
-
-    def _drop(self, client: ChannelClient, channel: str) -> None:
         subscribers = self._subscribers.get(channel, {})
         subscribers.pop(client, None)
         if not subscribers and self._subscribers.pop(channel, None) is not None and self._bus:
@@ -1758,6 +1752,7 @@ class WebChannels:
                 self._bus.listen(channel, False)
             except Exception:  # the client is gone nevertheless
                 logger.exception("the bus did not let go of channel %r", channel)
+        return subscribed
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
@@ -1779,8 +1774,9 @@ class WebChannels:
                 logger.exception("%s failed for %r", endpoint.name, client)
 
         self._clients.pop(client, None)
-        for channel in client.channels:
-            self._drop(client, channel)
+        channels = [*client.channels]
+        self.unsubscribe_client(client)
+        client.channels.update(channels)  # for disconnected_clients()
         self._left_at[client] = self._now()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
@@ -1862,11 +1858,10 @@ class WebChannels:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
-            if "websocket" in request.members("upgrade"):
-                return await self._upgrade(request)
-            if request.method not in ("GET", "HEAD", "OPTIONS"):
+            upgrade = "websocket" in request.members("upgrade")
+            if upgrade or request.method not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(request)
-            return await self._respond(request)
+            return await (self._upgrade if upgrade else self._respond)(request)
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
@@ -1882,10 +1877,9 @@ class WebChannels:
         """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
         method = request.method
         try:
-            found = self._routes.find(request.path, decode=True)
+            endpoints, values = self._routes.find(request.path, decode=True) or ({}, ())
         except UnicodeDecodeError:
             raise HTTPError(400, "The path is not UTF-8") from None
-        endpoints, values = found or ({}, ())
         endpoint = endpoints.get(method) or endpoints.get("GET" if method == "HEAD" else "")
         if endpoint is None:
             known = {"OPTIONS", *endpoints, *(["HEAD"] if "GET" in endpoints else [])}
@@ -1914,7 +1908,6 @@ class WebChannels:
         if not self.config.websockets_server or request.path != self.config.websockets_path:
             raise HTTPError(404)
         head, dialect = accept_handshake(request, self.config.compression)
-        self._check_origin(request)
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
@@ -1959,16 +1952,26 @@ class WebChannels:
         that cannot be had, RuntimeError if the app serves already.
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
-        serving = self._serve(ready, port, host, ssl, sock, reuse_port)
-        threading.Thread(target=_run, args=(serving, ready), name="webchannels",
-                         daemon=True).start()
+
+        def run() -> None:
+            try:
+                asyncio.run(self._serve(ready, port, host, ssl, sock, reuse_port))
+            except BaseException as error:
+                if ready.done():
+                    raise
+                ready.set_exception(error)
+        threading.Thread(target=run, name="webchannels", daemon=True).start()
         url = ready.result()
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        if not _interactive() if block is None else block:
+        if block is None:
+            block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
+            with contextlib.suppress(RuntimeError):  # no loop runs here
+                asyncio.get_running_loop()
+                block = False  # as in a notebook
+        if block:
             on_main = threading.current_thread() is threading.main_thread()
-            handler = signal.default_int_handler
-            previous = signal.signal(signal.SIGTERM, handler) if on_main else None
+            previous: Any = on_main and signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
                 while not self._done.wait(1):  # Windows does not interrupt a longer wait
@@ -1991,37 +1994,31 @@ class WebChannels:
         with self._lock:
             if self._loop is not None:
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
-            self._loop = asyncio.get_running_loop()
-            self._thread = threading.get_ident()
-            self._done.clear()
-        try:
+            self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
             self._stop = asyncio.Event()
+            self._done.clear()
+        async with contextlib.AsyncExitStack() as ending:  # what is added last ends first
+            ending.push_async_callback(self._finish)
             self._open.add(self.config.default_channel)
             await self._start_bus()
+            if self._bus:
+                ending.push_async_callback(self._bus.stop)
             server = await self._listen(*where)
-            sweep = asyncio.ensure_future(self._sweep())
+            ending.callback(asyncio.ensure_future(self._sweep()).cancel)
+            ending.push_async_callback(self._shut_down)
+            ending.callback(server.close)
+            if self._loop.get_exception_handler() is None:
+                self._loop.set_exception_handler(self._on_loop_error)
+            ready.set_result(self.url)
+            logger.info("serving at %s", self.url)
+            await self._stop.wait()
+
+    async def _finish(self) -> None:
+        with self._lock:  # other threads' calls wait; those made before are run in this turn
             try:
-                if self._loop.get_exception_handler() is None:
-                    self._loop.set_exception_handler(self._on_loop_error)
-                ready.set_result(self.url)
-                logger.info("serving at %s", self.url)
-                await self._stop.wait()
+                await asyncio.sleep(0)
             finally:
-                server.close()
-                try:
-                    await self._shut_down()
-                finally:
-                    sweep.cancel()
-        finally:
-            try:
-                if self._bus:
-                    await self._bus.stop()
-            finally:
-                with self._lock:
-                    self._loop = None
-                    while self._calls:  # other threads wait for them
-                        self._run_calls()
-                    self._reset()
+                self._reset()
                 self._done.set()
 
     async def _start_bus(self) -> None:
@@ -2037,15 +2034,12 @@ class WebChannels:
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
         port = self.config.server_port if port is None else port
         host = self.config.server_host if host is None else host
-        where: dict[str, Any] = {"sock": sock} if sock else {"host": host, "port": port}
-        if ssl:
-            where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
-        if reuse_port:
-            if not hasattr(socket, "SO_REUSEPORT"):
-                raise ValueError("this system cannot share a port: serve without reuse_port")
-            where["reuse_port"] = True
+        where: dict[str, Any] = {"sock": sock} if sock else {
+            "host": host, "port": port, "reuse_port": reuse_port}
         try:
-            server = await asyncio.start_server(self._accept, backlog=1024, **where)
+            server = await asyncio.start_server(
+                self._accept, backlog=1024, ssl=ssl,
+                ssl_handshake_timeout=self.config.handshake_timeout if ssl else None, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
@@ -2130,8 +2124,7 @@ class WebChannels:
 
     # Threads and forks.
 
-    def _now(self) -> float:
-        return self._loop.time() if self._loop else 0.0
+    _now = staticmethod(time.monotonic)
 
     def _soon(self, call: Callable[..., Any], *values: Any) -> None:
         if self._loop:
@@ -2140,20 +2133,17 @@ class WebChannels:
     def _call(self, call: Callable[[], Any]) -> Any:
         """Run `call` in the loop's thread, and wait for it; if there is none, here."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            if self._loop is None:
-                return call()
-            self._calls.append((call, future))
-            self._loop.call_soon_threadsafe(self._run_calls)
-        return future.result()
 
-    def _run_calls(self) -> None:
-        if self._calls:  # one: threads that call again and again must not hold the loop
-            call, future = self._calls.popleft()
+        def run() -> None:
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+        with self._lock:
+            if self._loop is None:
+                return call()
+            self._loop.call_soon_threadsafe(run)  # in the context of this thread
+        return future.result()
 
     def _forked(self) -> None:
         """In a forked child: let go of the parent's connections.
@@ -2161,16 +2151,14 @@ class WebChannels:
         Open copies would keep them alive. They are replaced by the null device: closing them
         would free numbers that objects still take for theirs.
         """
-        ends: list[Any] = [*(connection.transport for connection in self._http),
-                           *(client._transport for client in self._sockets)]
-        if isinstance(self._bus, RedisBus):
-            ends += [writer.transport for writer in [self._bus._writer] if writer]
+        writers = [getattr(each, "_writer", None)
+                   for each in (*self._http, *self._sockets, self._bus)]
+        sockets = [writer.get_extra_info("socket") for writer in writers if writer]
         with open(os.devnull) as null:
-            for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
+            for each in [*self._listening, *sockets]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.RLock()
-        self._calls.clear()
         self._reset()
 
 
@@ -2186,11 +2174,10 @@ def is_loopback(host: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """An origin's scheme, host and port (RFC 6454), or None: "null" is nobody's."""
-    scheme, _, host = text.lower().partition("://")
-    match = _HOST.fullmatch(host)
-    if not match or scheme not in ("http", "https"):
+    match = re.fullmatch(f"(https?)://{_HOST.pattern}", text.lower())
+    if not match:
         return None
-    return scheme, match[1], int(match[2] or (443 if scheme == "https" else 80))
+    return match[1], match[2], int(match[3] or (443 if match[1] == "https" else 80))
 
 
 def _ids(given: Clients) -> set[str]:
@@ -2198,34 +2185,10 @@ def _ids(given: Clients) -> set[str]:
     return {each if isinstance(each, str) else each.id for each in some}
 
 
-def _interactive() -> bool:
-    """Is somebody typing (a REPL, a notebook), or is there a loop that must not be blocked?"""
-    if hasattr(sys, "ps1") or sys.flags.interactive:
-        return True
-    try:
-        return asyncio.get_running_loop() is not None
-    except RuntimeError:
-        return False
-
-
-def _run(serving: Coroutine[Any, Any, None], ready: concurrent.futures.Future[str]) -> None:
-    try:
-        asyncio.run(serving)
-    except BaseException as error:
-        if ready.done():
-            raise
-        ready.set_exception(error)
-
-
-def _each_app(method: Callable[[WebChannels], None]) -> None:
-    for each in list(_apps):
-        method(each)
-
-
 _apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
-atexit.register(_each_app, WebChannels.down)
+atexit.register(lambda: [*map(WebChannels.down, [*_apps])])
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=functools.partial(_each_app, WebChannels._forked))
+    os.register_at_fork(after_in_child=lambda: [*map(WebChannels._forked, [*_apps])])
 
 # -------------------------------------------------------------------------------- default app
 
