@@ -37,7 +37,6 @@ import warnings
 import zlib
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 from unittest import mock
 from urllib.parse import urlsplit
@@ -2706,9 +2705,11 @@ class UpAndDownTest(unittest.TestCase):
                 other.up(0, "203.0.113.1", block=False)  # RFC 5737: nobody's
 
     def test_a_system_that_cannot_share_a_port(self) -> None:
-        with mock.patch.object(webchannels, "socket", SimpleNamespace()):
-            with self.assertRaisesRegex(ValueError, "reuse_port"):
-                self.app().up(0, block=False, reuse_port=True)
+        if hasattr(socket, "SO_REUSEPORT"):
+            self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
+            del socket.SO_REUSEPORT
+        with self.assertRaisesRegex(ValueError, "reuse_port"):
+            self.app().up(0, block=False, reuse_port=True)
 
     def test_what_vanishes_over_tls_leaves_nothing(self) -> None:
         app, started = self.app(), threading.Event()
@@ -2868,6 +2869,28 @@ class UpAndDownTest(unittest.TestCase):
             thread.join(10)
             self.assertFalse(thread.is_alive())
 
+    def test_calls_made_just_before_the_end_are_run_before_it(self) -> None:
+        app, seen, made = self.app(), [], threading.Event()
+        thread = threading.Thread(target=lambda: app._call(lambda: seen.append(app.url)))
+
+        class Last(webchannels.Bus):
+            async def stop(self) -> None:
+                loop = asyncio.get_running_loop()
+                schedule = loop.call_soon_threadsafe
+
+                def tell(call: Callable[[], Any]) -> asyncio.Handle:
+                    made.set()
+                    return schedule(call)
+                with mock.patch.object(loop, "call_soon_threadsafe", tell):
+                    thread.start()
+                    made.wait(10)
+
+        app.config.bus = Last()
+        with serve(app) as url:
+            pass
+        thread.join(10)
+        self.assertEqual(seen, [url])
+
     def test_down_from_a_handler(self) -> None:
         for message in ("down", "down-thread"):
             app = self.app()
@@ -2976,8 +2999,8 @@ def stuck():
         terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",
                             BROWSER="echo opened %s")
         self.addCleanup(terminal.__exit__)
-        url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
-        terminal.expect(f"opened {url}\n")
+        terminal.expect(r"(?s)Serving at (http://\S+) .*opened \1\n"
+                        r"|opened (http://\S+)\n.*Serving at \2 ")
         self.assertEqual(terminal.stop(signal.SIGTERM), 0)
 
     def test_the_interpreter_ends_while_serving(self) -> None:
@@ -3415,7 +3438,7 @@ sys.stdin.read()
         if hasattr(socket, "SO_REUSEPORT"):
             self.addCleanup(setattr, socket, "SO_REUSEPORT", socket.SO_REUSEPORT)
             del socket.SO_REUSEPORT
-        with self.assertRaisesRegex(ValueError, "cannot share a port"):
+        with self.assertRaisesRegex(ValueError, "reuse_port"):
             self.new_app().up(0, reuse_port=True, block=False)
         self.until(lambda: self.connections() == 0)
 

@@ -59,7 +59,7 @@ import weakref
 import webbrowser
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
 __version__ = "1.0.0"
 __all__ = [
@@ -799,8 +799,7 @@ def _on_loop(method: H) -> H:
         app: WebChannels = getattr(self, "_app", self)
         if threading.get_ident() == app._thread:
             return method(self, *args, **kwargs)
-        context = contextvars.copy_context()
-        return app._call(lambda: context.run(method, self, *args, **kwargs))
+        return app._call(functools.partial(method, self, *args, **kwargs))
     return call  # type: ignore[return-value]
 
 
@@ -916,7 +915,7 @@ class ChannelClient(asyncio.Protocol):
         """The peer sends no more; what it asked for before is still answered."""
         self._ended = True
         self._leave()
-        self._deadline = self._app._now() + self._app.config.handshake_timeout
+        self._deadline = time.monotonic() + self._app.config.handshake_timeout
         self._work()
         # TLS has no half-closed connections.
         return not self._transport.is_closing() and bool(self._transport.can_write_eof())
@@ -1078,7 +1077,7 @@ class ChannelClient(asyncio.Protocol):
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
             self._closing = True
-            self._deadline = self._app._now() + self._app.config.handshake_timeout
+            self._deadline = time.monotonic() + self._app.config.handshake_timeout
         self._leave()
 
     def _shut(self) -> None:
@@ -1353,7 +1352,7 @@ class HTTPConnection(asyncio.Protocol):
 
     def _wait(self, seconds: float, size: int = 0) -> None:
         """Set when the sweep will end what is waited for, which is of `size` bytes."""
-        self.deadline = self._app._now() + seconds + size / _SLOWEST
+        self.deadline = time.monotonic() + seconds + size / _SLOWEST
 
     def data_received(self, data: bytes) -> None:
         if not self._ended:
@@ -1466,7 +1465,6 @@ class WebChannels:
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: dict[str, Endpoint] = {}
         self._on_disconnect: dict[str, Endpoint] = {}
-        self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
         self._lock, self._done = threading.RLock(), threading.Event()
         self._reset()
         _apps.add(self)
@@ -1688,10 +1686,6 @@ class WebChannels:
         """Unsubscribe a client: `unsubscribe(client, "room")`; False if it was not subscribed."""
         subscribed = channel in client.channels
         client.channels.discard(channel)
-        self._drop(client, channel)
-        return subscribed
-
-    def _drop(self, client: ChannelClient, channel: str) -> None:
         subscribers = self._subscribers.get(channel, {})
         subscribers.pop(client, None)
         if not subscribers and self._subscribers.pop(channel, None) is not None and self._bus:
@@ -1699,6 +1693,7 @@ class WebChannels:
                 self._bus.listen(channel, False)
             except Exception:  # the client is gone nevertheless
                 logger.exception("the bus did not let go of channel %r", channel)
+        return subscribed
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
@@ -1720,9 +1715,10 @@ class WebChannels:
                 logger.exception("%s failed for %r", endpoint.name, client)
 
         self._clients.pop(client, None)
-        for channel in client.channels:
-            self._drop(client, channel)
-        self._left_at[client] = self._now()
+        channels = [*client.channels]
+        self.unsubscribe_client(client)
+        client.channels.update(channels)  # for disconnected_clients()
+        self._left_at[client] = time.monotonic()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
         for endpoint in list(self._on_disconnect.values()):
@@ -1815,11 +1811,10 @@ class WebChannels:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
-            if "websocket" in request.members("upgrade"):
-                return await self._upgrade(request)
-            if request.method not in ("GET", "HEAD", "OPTIONS"):
+            upgrade = "websocket" in request.members("upgrade")
+            if upgrade or request.method not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(request)
-            return await self._respond(request)
+            return await (self._upgrade if upgrade else self._respond)(request)
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
@@ -1835,10 +1830,9 @@ class WebChannels:
         """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
         method = request.method
         try:
-            found = self._routes.find(request.path, decode=True)
+            endpoints, values = self._routes.find(request.path, decode=True) or ({}, ())
         except UnicodeDecodeError:
             raise HTTPError(400, "The path is not UTF-8") from None
-        endpoints, values = found or ({}, ())
         endpoint = endpoints.get(method) or endpoints.get("GET" if method == "HEAD" else "")
         if endpoint is None:
             known = {"OPTIONS", *endpoints, *(["HEAD"] if "GET" in endpoints else [])}
@@ -1867,7 +1861,6 @@ class WebChannels:
         if not self.config.websockets_server or request.path != self.config.websockets_path:
             raise HTTPError(404)
         head, dialect = accept_handshake(request, self.config.compression)
-        self._check_origin(request)
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
@@ -1912,16 +1905,26 @@ class WebChannels:
         that cannot be had, RuntimeError if the app serves already.
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
-        serving = self._serve(ready, port, host, ssl, sock, reuse_port)
-        threading.Thread(target=_run, args=(serving, ready), name="webchannels",
-                         daemon=True).start()
+
+        def run() -> None:
+            try:
+                asyncio.run(self._serve(ready, port, host, ssl, sock, reuse_port))
+            except BaseException as error:
+                if ready.done():
+                    raise
+                ready.set_exception(error)
+        threading.Thread(target=run, name="webchannels", daemon=True).start()
         url = ready.result()
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
-        if not _interactive() if block is None else block:
+        if block is None:
+            block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
+            with contextlib.suppress(RuntimeError):  # no loop runs here
+                asyncio.get_running_loop()
+                block = False  # as in a notebook
+        if block:
             on_main = threading.current_thread() is threading.main_thread()
-            handler = signal.default_int_handler
-            previous = signal.signal(signal.SIGTERM, handler) if on_main else None
+            previous: Any = on_main and signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
                 while not self._done.wait(1):  # Windows does not interrupt a longer wait
@@ -1946,10 +1949,10 @@ class WebChannels:
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
             self._loop = loop = asyncio.get_running_loop()
             self._thread = threading.get_ident()
-            self._done.clear()
-        async with contextlib.AsyncExitStack() as ending:  # what is pushed last is called first
-            ending.callback(self._end)
             self._stop = asyncio.Event()
+            self._done.clear()
+        async with contextlib.AsyncExitStack() as ending:  # what is added last ends first
+            ending.push_async_callback(self._finish)
             self._open.add(self.config.default_channel)
             if loop.get_exception_handler() is None:
                 ending.callback(loop.set_exception_handler, None)
@@ -1970,27 +1973,24 @@ class WebChannels:
             logger.info("serving at %s", self.url)
             await self._stop.wait()
 
-    def _end(self) -> None:
-        with self._lock:
-            self._loop = None
-            while self._calls:  # other threads wait for them
-                self._run_calls()
-            self._reset()
-        self._done.set()
+    async def _finish(self) -> None:
+        with self._lock:  # other threads' calls wait; those made before are run in this turn
+            try:
+                await asyncio.sleep(0)
+            finally:
+                self._reset()
+                self._done.set()
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
         port = self.config.server_port if port is None else port
         host = self.config.server_host if host is None else host
-        where: dict[str, Any] = {"sock": sock} if sock else {"host": host, "port": port}
-        if ssl:
-            where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
-        if reuse_port:
-            if not hasattr(socket, "SO_REUSEPORT"):
-                raise ValueError("this system cannot share a port: serve without reuse_port")
-            where["reuse_port"] = True
+        where: dict[str, Any] = {"sock": sock} if sock else {
+            "host": host, "port": port, "reuse_port": reuse_port}
         try:
-            server = await asyncio.start_server(self._accept, backlog=1024, **where)
+            server = await asyncio.start_server(
+                self._accept, backlog=1024, ssl=ssl,
+                ssl_handshake_timeout=self.config.handshake_timeout if ssl else None, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
@@ -2027,8 +2027,8 @@ class WebChannels:
             connection.work()
         for client in list(self._sockets):
             client._shut()
-        end = self._now() + self.config.shutdown_timeout
-        while (self._http or self._sockets or self._tasks) and self._now() < end:
+        end = time.monotonic() + self.config.shutdown_timeout
+        while (self._http or self._sockets or self._tasks) and time.monotonic() < end:
             await asyncio.sleep(0.01)
         tasks: list[Any] = [*self._tasks, *[each.task for each in self._http if each.task],
                             *[each._task for each in self._sockets if each._task]]
@@ -2051,7 +2051,7 @@ class WebChannels:
             times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
                      settings.ping_interval or 4, settings.disconnected_ttl, 4)
             await asyncio.sleep(max(min(times) / 4, 0.02))
-            now = self._now()
+            now = time.monotonic()
             for client in list(self._sockets):
                 client._check(now, settings)
             for connection in list(self._http):
@@ -2068,14 +2068,11 @@ class WebChannels:
             return  # it tries to accept again, on a socket that is closed
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
-        elif self._now() > self._warned + 10:
-            self._warned = self._now()
+        elif time.monotonic() > self._warned + 10:
+            self._warned = time.monotonic()
             logger.warning("%s: accepting pauses", error.strerror)
 
     # Threads and forks.
-
-    def _now(self) -> float:
-        return self._loop.time() if self._loop else 0.0
 
     def _soon(self, call: Callable[..., Any], *values: Any) -> None:
         if self._loop:
@@ -2084,20 +2081,17 @@ class WebChannels:
     def _call(self, call: Callable[[], Any]) -> Any:
         """Run `call` in the loop's thread, and wait for it; if there is none, here."""
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._lock:
-            if self._loop is None:
-                return call()
-            self._calls.append((call, future))
-            self._loop.call_soon_threadsafe(self._run_calls)
-        return future.result()
 
-    def _run_calls(self) -> None:
-        if self._calls:  # one: threads that call again and again must not hold the loop
-            call, future = self._calls.popleft()
+        def run() -> None:
             try:
                 future.set_result(call())
             except BaseException as error:
                 future.set_exception(error)
+        with self._lock:
+            if self._loop is None:
+                return call()
+            self._loop.call_soon_threadsafe(run)  # in the context of this thread
+        return future.result()
 
     def _forked(self) -> None:
         """In a forked child: let go of the parent's connections.
@@ -2105,16 +2099,14 @@ class WebChannels:
         Open copies would keep them alive. They are replaced by the null device: closing them
         would free numbers that objects still take for theirs.
         """
-        ends: list[Any] = [*(connection.transport for connection in self._http),
-                           *(client._transport for client in self._sockets)]
-        if isinstance(self._bus, RedisBus):
-            ends += [writer.transport for writer in [self._bus._writer] if writer]
+        writers = [getattr(each, "_writer", None)
+                   for each in (*self._http, *self._sockets, self._bus)]
+        sockets = [writer.get_extra_info("socket") for writer in writers if writer]
         with open(os.devnull) as null:
-            for each in [*self._listening, *(end.get_extra_info("socket") for end in ends)]:
+            for each in [*self._listening, *sockets]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.RLock()
-        self._calls.clear()
         self._reset()
 
 
@@ -2130,11 +2122,10 @@ def is_loopback(host: str) -> bool:
 @functools.lru_cache(maxsize=256)
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """An origin's scheme, host and port (RFC 6454), or None: "null" is nobody's."""
-    scheme, _, host = text.lower().partition("://")
-    match = _HOST.fullmatch(host)
-    if not match or scheme not in ("http", "https"):
+    match = re.fullmatch(f"(https?)://{_HOST.pattern}", text.lower())
+    if not match:
         return None
-    return scheme, match[1], int(match[2] or (443 if scheme == "https" else 80))
+    return match[1], match[2], int(match[3] or (443 if match[1] == "https" else 80))
 
 
 def _ids(given: Clients) -> set[str]:
@@ -2142,34 +2133,10 @@ def _ids(given: Clients) -> set[str]:
     return {each if isinstance(each, str) else each.id for each in some}
 
 
-def _interactive() -> bool:
-    """Is somebody typing (a REPL, a notebook), or is there a loop that must not be blocked?"""
-    if hasattr(sys, "ps1") or sys.flags.interactive:
-        return True
-    try:
-        return asyncio.get_running_loop() is not None
-    except RuntimeError:
-        return False
-
-
-def _run(serving: Coroutine[Any, Any, None], ready: concurrent.futures.Future[str]) -> None:
-    try:
-        asyncio.run(serving)
-    except BaseException as error:
-        if ready.done():
-            raise
-        ready.set_exception(error)
-
-
-def _each_app(method: Callable[[WebChannels], None]) -> None:
-    for each in list(_apps):
-        method(each)
-
-
 _apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
-atexit.register(_each_app, WebChannels.down)
+atexit.register(lambda: [*map(WebChannels.down, [*_apps])])
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=functools.partial(_each_app, WebChannels._forked))
+    os.register_at_fork(after_in_child=lambda: [*map(WebChannels._forked, [*_apps])])
 
 # -------------------------------------------------------------------------------- default app
 
