@@ -78,10 +78,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 @dataclass
 class Config:
-    """Every setting of an app, to be set before `up()`: `config.max_clients = 100`.
-
-    Sizes are in bytes, times in seconds.
-    """
+    """All settings, to be set before `up()`, in bytes or seconds. Example: Config(server_port=0)"""
 
     server_host: str = "127.0.0.1"  # what up() listens on when it is not told
     server_port: int = 8000  # the same; 0 picks a free port
@@ -233,7 +230,7 @@ _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate,
 
 
 class HTTPError(Exception):
-    """Raised by a handler to answer so: `raise HTTPError(404)`; `text` may replace the phrase."""
+    """Raised by a handler to answer so; HTTP has a default text. Example: raise HTTPError(401)"""
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
@@ -247,8 +244,8 @@ class Request:
     """An HTTP request: `.method .target .path .query .headers .body .address .cookies`.
 
     `path` and `query` are percent-encoded, as they came; `headers` has lower-case names, repeated
-    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address. For
-    example `request.headers.get("user-agent")`, or `request.cookies["session"]`.
+    fields are joined (RFC 9110, 5.3); `body` is bytes; `address` is the peer's IP address.
+    Example: def index(request: Request): return request.address
     """
 
     __slots__ = ("address", "body", "headers", "http_1_0", "method", "path", "query", "target")
@@ -284,18 +281,18 @@ class Request:
 
     @property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name, without quotes around their values."""
+        """The cookies by name, without quotes. Example: request.cookies.get("user")"""
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
         return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
 
     def members(self, name: str) -> list[str]:
-        """The lower-case members of a comma-separated header field (RFC 9110, 5.6.1)."""
+        """A comma-separated field's, in lower case (RFC 9110, 5.6.1). Example: members("accept")"""
         return [each.strip(" \t") for each in self.headers.get(name, "").lower().split(",")]
 
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
-        Raises HTTPError 400 for what cannot be read.
+        Raises HTTPError 400 for what cannot be read. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
@@ -316,6 +313,7 @@ class Response:
     `body` is str (HTML), bytes, or anything that JSON knows.
     `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for a
     header that would break out of its line or that the server sets, TypeError for a bad body.
+    Example: Response("a,b", headers={"X-A": "b"}, content_type="text/csv")
     """
 
     def __init__(self, body: Any = "", status: int = 200,
@@ -341,7 +339,7 @@ class Response:
         self.status, self.headers = status, tuple(pairs)  # nothing is added behind the check
 
     def encode(self, head_only: bool = False, close: bool = False) -> bytes:
-        """The answer as bytes; `close`: the connection ends with it."""
+        """The answer as bytes; `close`: the connection ends with it. Example: response.encode()"""
         has_body = self.status not in (204, 304)  # RFC 9110, 6.4.1
         head = "".join([
             f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, '')}\r\n"
@@ -693,7 +691,7 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
 
 
 class ChannelError(Exception):
-    """Raised by a channel's handler to tell the sender: `raise ChannelError("No such room")`."""
+    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
@@ -808,7 +806,8 @@ class ChannelClient(asyncio.Protocol):
 
     `.id`: str, unlike every other's, also of other processes. `.address`: the peer's IP address.
     `.request`: the Request of the handshake. `.channels`: the names of the channels subscribed to.
-    `.data`: a dict for the program's own use: `client.data["name"] = "Ada"`. `.connected`: bool.
+    `.data`: a dict for the program's own use. `.connected`: bool.
+    Example: def who(client: ChannelClient): return client.address
     """
 
     __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
@@ -858,6 +857,7 @@ class ChannelClient(asyncio.Protocol):
 
         `channel` is the one that the page sees: by default that of the message being handled, or
         `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
+        Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
         if channel is None and given.get("client") is self:
@@ -871,7 +871,7 @@ class ChannelClient(asyncio.Protocol):
         """Close the connection, after what was sent before: `client.close(4000, "bye")`.
 
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
-        123 bytes. Raises ValueError for others.
+        123 bytes. Raises ValueError for others. Example: client.close(1008, "Not you")
         """
         if code not in CLOSE_CODES or len(reason.encode()) > 123:
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
@@ -1126,22 +1126,22 @@ class Bus:
 
     The app calls these methods in its event loop; they must not block it. What other processes
     publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
-    own is ignored there. This one carries nothing: a process by itself.
+    own is ignored there. This one carries nothing: a process by itself. Example: config.bus = Bus()
     """
 
     deliver: Callable[[str, bytes], None]
 
     async def start(self) -> None:
-        """Connect. What this raises, `up()` raises."""
+        """Connect. What this raises, `up()` raises. Example: await bus.start()"""
 
     async def stop(self) -> None:
-        """Disconnect."""
+        """Disconnect. Example: await bus.stop()"""
 
     def publish(self, channel: str, data: bytes) -> None:
-        """Carry `data` to the processes that listen to `channel`, in order."""
+        """Carry `data` to who listens to `channel`, in order. Example: bus.publish("a", b"x")"""
 
     def listen(self, channel: str, wanted: bool) -> None:
-        """The channel has its first subscriber in this process, or has lost the last."""
+        """The first subscriber here has come, or the last gone. Example: bus.listen("a", True)"""
 
 
 class RedisBus(Bus):
@@ -1456,7 +1456,7 @@ class WebChannels:
     """An app: its routes, channels, clients and server: `WebChannels(Config(server_port=8080))`.
 
     The module-level functions are the methods of one default app; two apps may serve side by side
-    in one process. Every public method may be called from any thread.
+    in one process. Every public method may be called from any thread. Example: WebChannels().up(0)
     """
 
     def __init__(self, config: Config | None = None) -> None:
@@ -1495,24 +1495,15 @@ class WebChannels:
               method: str = "GET", threaded: bool = False) -> Callable[[H], H]:
         """Answer requests for `path` with what `handler` returns; a decorator or a plain call.
 
-        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering
-        the same path and method again replaces the handler, also while serving. The handler
-        returns str (HTML), bytes, dict or list (JSON), a Response, or None (204).
-        `threaded=True` runs a `def` handler in a thread. Raises TypeError or ValueError for what
-        cannot work.
-
-            @route("/hello/:name")
-            def hello(name): return f"Hello, {html.escape(name)}!"
+        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering the
+        same path and method again replaces the handler, also while serving. The handler returns
+        str (HTML), bytes, dict or list (JSON), a Response, or None (204). `threaded=True` runs a
+        `def` handler in a thread. Raises TypeError or ValueError for what cannot work.
+        Example: route("/hello/:name", lambda name: f"Hello, {html.escape(name)}!")
         """
         if not _TOKEN.fullmatch(method):
             raise ValueError(f"not an HTTP method: {method!r}")
-
-        def register(handler: Any) -> Any:
-            self._routes.add(path, Endpoint(handler, path, threaded), method.upper())
-            return handler
-        if handler is not None:
-            register(handler)
-        return register
+        return self._register(self._routes, method.upper(), path, handler, threaded)
 
     def channel(self, path: str, handler: Callable[..., Any] | None = None, *,
                 threaded: bool = False) -> Callable[[H], H]:
@@ -1520,16 +1511,16 @@ class WebChannels:
 
         The handler may take `payload`, `client`, `channel`, `message`, `request` (the handshake)
         and the path's parameters. What it returns is the reply to the sender; None is none.
-        `channel("/")` receives what is not a JSON object with a "channel", as it came, and what
-        it returns goes back raw. A handler for the message `subscribe` guards a channel:
-
-            @channel("/rooms/:room/subscribe")
-            def enter(room, client, channel):
-                if room not in open_rooms: raise ChannelError("No such room")
-                subscribe(client, channel)
+        `channel("/")` gets what is not a JSON object with a "channel", as it came, and replies raw.
+        A handler for the message `subscribe` guards a channel: it may raise ChannelError, or
+        `subscribe(client, channel)`. Example: channel("/____/echo", lambda payload: payload)
         """
-        def register(handler: Any) -> Any:
-            self._channels.add(path, Endpoint(handler, path, threaded, _MESSAGE_NAMES))
+        return self._register(self._channels, "", path, handler, threaded, _MESSAGE_NAMES)
+
+    def _register(self, router: Router, method: str, path: str, handler: Any,
+                  *about: Any) -> Callable[[H], H]:
+        def register(handler: H) -> H:
+            router.add(path, Endpoint(handler, path, *about), method)
             return handler
         if handler is not None:
             register(handler)
@@ -1538,24 +1529,16 @@ class WebChannels:
     def on_connect(self, handler: H) -> H:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
-        It may take `client` and `request`, and refuse. It may already `client.send()`, but the
-        client is not connected yet, so it cannot be subscribed. Registering a function of the same
-        name again replaces it.
-
-            @on_connect
-            def check(request):
-                if "session" not in request.cookies: raise HTTPError(401)
+        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
+        `client.send()`, but the client is not connected yet, so it cannot be subscribed. A function
+        of the same name replaces it. Example: on_connect(lambda client: client.send("Welcome"))
         """
         endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
         self._on_connect[endpoint.name] = endpoint
         return handler
 
     def on_disconnect(self, handler: H) -> H:
-        """Call `handler` when a client has left; as `on_connect()`.
-
-            @on_disconnect
-            def tell(client): broadcast("chat", "left", client.data["name"])
-        """
+        """Call `handler` when a client has left, as `on_connect()`. Example: on_disconnect(log)"""
         endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
         self._on_disconnect[endpoint.name] = endpoint
         return handler
@@ -1563,7 +1546,7 @@ class WebChannels:
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of what is being handled: all, as a dict, or one: `params("payload")`.
 
-        Raises RuntimeError outside a handler.
+        Raises RuntimeError outside a handler. Example: params("name", "nobody")
         """
         given = _params.get()
         if given is None:
@@ -1571,19 +1554,18 @@ class WebChannels:
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
-        """The browser client, as bare JavaScript: `f"<script>{channels_script()}</script>"`."""
+        """The browser client, as bare JavaScript. Example: channels_script()"""
         return CHANNELS_JS
 
     def channels_support(self, channel: str | None = None, *, nonce: str | None = None,
                          src: str | None = None) -> str:
         """The `<script>` element that makes a page live: `channels_support("room") + "<p>Hi</p>"`.
 
-        Anyone may then subscribe to `channel` (None: `config.default_channel`), unless there is a
-        handler for its message `subscribe`. `nonce` is for a Content-Security-Policy. `src` loads
-        the client from there instead of putting it inline; a path of this server, such as
-        "/channels.js", is served if it has no route. Register channels other than the default one
-        when the program starts, too: an open page may come back to a restarted server before
-        anyone loads it anew.
+        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
+        `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
+        path of this server is served if it has no route. Register channels other than the default
+        one when the program starts, too: an open page may come back to a restarted server. Raises
+        ValueError for a bad channel name. Example: channels_support("room", src="/channels.js")
         """
         channel = self.config.default_channel if channel is None else channel
         if not channel or channel.strip("/") != channel:
@@ -1610,9 +1592,8 @@ class WebChannels:
         """Push to the subscribers of one channel or several: `broadcast("room", "tick", [1, 2])`.
 
         `exclude` and `only` are clients, or their ids, also those of other processes. True if
-        anyone was there to be sent it; with `config.redis_url`, anyone in this process: the others
-        are not waited for. Raises TypeError or ValueError for what cannot be sent, before anything
-        is sent.
+        anyone in this process was there to be sent it. Raises TypeError or ValueError for what
+        cannot be sent, before anything is. Example: broadcast("room", "tick", {"n": 1})
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
@@ -1645,23 +1626,17 @@ class WebChannels:
 
     @_on_loop
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Every open client, or a channel's subscribers: `len(connected_clients("room"))`."""
+        """Every open client, or the subscribers of `channel`. Example: connected_clients("a")"""
         return list(self._clients if channel is None else self._subscribers.get(channel) or ())
 
     @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Who left within `config.disconnected_ttl`: `disconnected_clients("room")[-1].address`.
-
-        With `channel`, only who was subscribed to it.
-        """
+        """Who left lately, all or of `channel`. Example: disconnected_clients("room")"""
         return [each for each in self._left_at if channel is None or channel in each.channels]
 
     @_on_loop
     def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Forget those that left, and return the connected ones that remain.
-
-        `for client in unsubscribe_disconnected_clients("room"): client.send("alone")`
-        """
+        """Forget who left; return who remains. Example: unsubscribe_disconnected_clients("room")"""
         for client in self.disconnected_clients(channel):
             del self._left_at[client]
         return self.connected_clients(channel)
@@ -1670,7 +1645,7 @@ class WebChannels:
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
         """Subscribe a client: `subscribe(client, "room")`; False if it is gone.
 
-        Raises ChannelError past `config.max_subscriptions`.
+        Raises ChannelError past `config.max_subscriptions`. Example: subscribe(client, "room")
         """
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
@@ -1683,7 +1658,7 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Unsubscribe a client: `unsubscribe(client, "room")`; False if it was not subscribed."""
+        """Unsubscribe; False if it was not subscribed. Example: unsubscribe(client, "room")"""
         subscribed = channel in client.channels
         client.channels.discard(channel)
         subscribers = self._subscribers.get(channel, {})
@@ -1697,13 +1672,13 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
-        """Unsubscribe a client from all its channels: `unsubscribe_client(client)`."""
+        """Unsubscribe `client` from all its channels. Example: unsubscribe_client(client)"""
         for channel in list(client.channels):
             self.unsubscribe(client, channel)
 
     @_on_loop
     def subscriptions(self) -> dict[str, list[ChannelClient]]:
-        """The subscribers of each channel that has any: `for name in subscriptions(): ...`."""
+        """The subscribers of each channel that has any. Example: len(subscriptions()["room"])"""
         return {name: list(clients) for name, clients in self._subscribers.items()}
 
     def _left(self, client: ChannelClient) -> None:
@@ -1878,10 +1853,7 @@ class WebChannels:
             raise HTTPError(403, f"Host {host!r} is not allowed: see config.allowed_hosts")
 
     def _check_origin(self, request: Request) -> None:
-        """Does this come from an allowed page (RFC 6455, 10.2)? Raises HTTPError 403.
-
-        What is not a browser sends no Origin, and could send any.
-        """
+        """Is its page allowed (RFC 6455, 10.2), if a browser sent it? Raises HTTPError 403."""
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
         if allowed is None:
@@ -1901,8 +1873,9 @@ class WebChannels:
         In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
         at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
         picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
-        certificate. `reuse_port` lets several processes share the port. Raises OSError for a port
-        that cannot be had, RuntimeError if the app serves already.
+        certificate. `reuse_port` lets processes share the port (ValueError where the system does
+        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already.
+        Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
 
@@ -1940,7 +1913,7 @@ class WebChannels:
     async def serve(self, port: int | None = None, host: str | None = None, *,
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
-        """As `up()`, in the event loop that runs: `await serve(8080)`; cancel it to stop."""
+        """As `up()`, in the running event loop; `down()` or cancel ends it. Example: await serve()"""
         await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
 
     async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
@@ -2010,7 +1983,7 @@ class WebChannels:
         """Stop serving: `down()`. Every client gets a Close 1001, answers in flight are finished.
 
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
-        loop, at once. Calling it again, or without `up()`, does nothing.
+        loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
         with self._lock:
             if self._loop is None or self._stop is None:
@@ -2094,10 +2067,9 @@ class WebChannels:
         return future.result()
 
     def _forked(self) -> None:
-        """In a forked child: let go of the parent's connections.
+        """In a forked child: let go of the parent's connections, which open copies keep alive.
 
-        Open copies would keep them alive. They are replaced by the null device: closing them
-        would free numbers that objects still take for theirs.
+        The null device takes their place: objects still take the numbers for theirs.
         """
         writers = [getattr(each, "_writer", None)
                    for each in (*self._http, *self._sockets, self._bus)]
