@@ -78,7 +78,7 @@ H = TypeVar("H", bound=Callable[..., Any])
 
 @dataclass
 class Config:
-    """All settings, to be set before `up()`, in bytes or seconds. Example: Config(server_port=0)"""
+    """Settings for `up()`: sizes in bytes, times in seconds. Example: Config(server_port=8080)"""
 
     server_host: str = "127.0.0.1"  # what up() listens on when it is not told
     server_port: int = 8000  # the same; 0 picks a free port
@@ -230,7 +230,7 @@ _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate,
 
 
 class HTTPError(Exception):
-    """Raised by a handler to answer so; HTTP has a default text. Example: raise HTTPError(401)"""
+    """A handler raises it to answer so; `text` has a default. Example: raise HTTPError(401)"""
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
@@ -281,12 +281,12 @@ class Request:
 
     @property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name, without quotes. Example: request.cookies.get("user")"""
+        """The cookies by name, without quotes around them. Example: request.cookies.get("user")"""
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
         return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
 
     def members(self, name: str) -> list[str]:
-        """A comma-separated field's, in lower case (RFC 9110, 5.6.1). Example: members("accept")"""
+        """What a comma-separated field has (RFC 9110, 5.6.1). Example: request.members("accept")"""
         return [each.strip(" \t") for each in self.headers.get(name, "").lower().split(",")]
 
     def params(self) -> dict[str, Any]:
@@ -300,17 +300,16 @@ class Request:
             if kind == "application/x-www-form-urlencoded":
                 found.update(_parse_form(self.body.decode()))
             elif self.body and (kind == "application/json" or kind.endswith("+json")):
-                payload = load_json(self.body.decode())
+                payload = _decoder.decode(self.body.decode())
                 found.update(payload if isinstance(payload, dict) else {}, payload=payload)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise HTTPError(400, "The parameters cannot be read") from None
         return found
 
 
 class Response:
-    """An HTTP answer, for a route to return: `Response("<h1>Gone</h1>", 410)`.
+    """An HTTP answer. `body` is str (HTML), bytes, or anything that JSON knows.
 
-    `body` is str (HTML), bytes, or anything that JSON knows.
     `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for a
     header that would break out of its line or that the server sets, TypeError for a bad body.
     Example: Response("a,b", headers={"X-A": "b"}, content_type="text/csv")
@@ -704,14 +703,6 @@ _encoder = _json()
 _quote = _encoder.encode
 
 
-def load_json(text: str) -> Any:
-    """Parse JSON to the letter (RFC 8259: no NaN). Raises ValueError, also for deep nesting."""
-    try:
-        return _decoder.decode(text)
-    except RecursionError:
-        raise ValueError("JSON nested too deep") from None
-
-
 def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     """JSON as JavaScript's own makes it: NaN and the infinities become null.
 
@@ -853,7 +844,7 @@ class ChannelClient(asyncio.Protocol):
     @_on_loop
     def send(self, message: str | bytes, payload: Any = None, *,
              channel: str | None = None) -> bool:
-        """Push to this client alone, `client.send("tick", 3)`; False if it is gone.
+        """Push to this client alone; False if it is gone.
 
         `channel` is the one that the page sees: by default that of the message being handled, or
         `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
@@ -868,7 +859,7 @@ class ChannelClient(asyncio.Protocol):
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
-        """Close the connection, after what was sent before: `client.close(4000, "bye")`.
+        """Close the connection, after what was sent before.
 
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
         123 bytes. Raises ValueError for others. Example: client.close(1008, "Not you")
@@ -1122,7 +1113,7 @@ _RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, w
 
 
 class Bus:
-    """Carries broadcasts between processes; with an engine of your own: `config.bus = MyBus()`.
+    """Carries broadcasts between processes; `config.bus` may be one with an engine of your own.
 
     The app calls these methods in its event loop; they must not block it. What other processes
     publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
@@ -1138,10 +1129,10 @@ class Bus:
         """Disconnect. Example: await bus.stop()"""
 
     def publish(self, channel: str, data: bytes) -> None:
-        """Carry `data` to who listens to `channel`, in order. Example: bus.publish("a", b"x")"""
+        """Carry `data` to all who listen to `channel`, in order. Example: bus.publish("a", b"x")"""
 
     def listen(self, channel: str, wanted: bool) -> None:
-        """The first subscriber here has come, or the last gone. Example: bus.listen("a", True)"""
+        """Has the channel subscribers here, from now on? Example: bus.listen("room", True)"""
 
 
 class RedisBus(Bus):
@@ -1308,9 +1299,9 @@ def pack_push(push: Push, without: set[str], among: set[str] | None) -> bytes:
 
 def unpack_push(settings: Config, channel: str,
                 data: bytes) -> tuple[Push, set[str], set[str] | None]:
-    """Raises TypeError or ValueError for what is none, or is too large here."""
+    """Raises TypeError, ValueError or RecursionError for what is none, or is too large here."""
     head, body = data.split(b"\n", 1)
-    opcode, whole, without, among = load_json(head.decode())
+    opcode, whole, without, among = _decoder.decode(head.decode())
     text = "" if opcode == BINARY else body.decode()  # what no browser could read is refused
     push = Push(settings, channel, body if whole else text)
     push._opcode = BINARY if opcode == BINARY else TEXT
@@ -1453,7 +1444,7 @@ class HTTPConnection(asyncio.Protocol):
 
 
 class WebChannels:
-    """An app: its routes, channels, clients and server: `WebChannels(Config(server_port=8080))`.
+    """An app: its routes, channels, clients and server.
 
     The module-level functions are the methods of one default app; two apps may serve side by side
     in one process. Every public method may be called from any thread. Example: WebChannels().up(0)
@@ -1544,7 +1535,7 @@ class WebChannels:
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
-        """The parameters of what is being handled: all, as a dict, or one: `params("payload")`.
+        """The parameters of the request or message being handled: all, as a dict, or one.
 
         Raises RuntimeError outside a handler. Example: params("name", "nobody")
         """
@@ -1559,7 +1550,7 @@ class WebChannels:
 
     def channels_support(self, channel: str | None = None, *, nonce: str | None = None,
                          src: str | None = None) -> str:
-        """The `<script>` element that makes a page live: `channels_support("room") + "<p>Hi</p>"`.
+        """The `<script>` element that makes a page live on `channel` (`config.default_channel`).
 
         Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
         `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
@@ -1589,7 +1580,7 @@ class WebChannels:
     @_on_loop
     def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
                   *, exclude: Clients = (), only: Clients | None = None) -> bool:
-        """Push to the subscribers of one channel or several: `broadcast("room", "tick", [1, 2])`.
+        """Push to every subscriber of one channel or several, once for each.
 
         `exclude` and `only` are clients, or their ids, also those of other processes. True if
         anyone in this process was there to be sent it. Raises TypeError or ValueError for what
@@ -1621,7 +1612,7 @@ class WebChannels:
         if not data.startswith(self._name):  # else it is our own
             try:
                 self._send(channel, *unpack_push(self.config, channel, data[len(self._name):]))
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, RecursionError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
     @_on_loop
@@ -1631,19 +1622,19 @@ class WebChannels:
 
     @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Who left lately, all or of `channel`. Example: disconnected_clients("room")"""
+        """Who left within `config.disconnected_ttl`. Example: disconnected_clients("room")"""
         return [each for each in self._left_at if channel is None or channel in each.channels]
 
     @_on_loop
     def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
-        """Forget who left; return who remains. Example: unsubscribe_disconnected_clients("room")"""
+        """Forget who left, return who is here. Example: unsubscribe_disconnected_clients("room")"""
         for client in self.disconnected_clients(channel):
             del self._left_at[client]
         return self.connected_clients(channel)
 
     @_on_loop
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Subscribe a client: `subscribe(client, "room")`; False if it is gone.
+        """Subscribe `client` to `channel`; False if it is gone.
 
         Raises ChannelError past `config.max_subscriptions`. Example: subscribe(client, "room")
         """
@@ -1868,7 +1859,7 @@ class WebChannels:
     def up(self, port: int | None = None, host: str | None = None, *, block: bool | None = None,
            ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
            reuse_port: bool = False, open_browser: bool = False) -> str:
-        """Serve from a background thread, and return the address: `url = up(0, block=False)`.
+        """Serve from a background thread; return the address, such as "http://127.0.0.1:8000".
 
         In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
         at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
@@ -1913,7 +1904,7 @@ class WebChannels:
     async def serve(self, port: int | None = None, host: str | None = None, *,
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
-        """As `up()`, in the running event loop; `down()` or cancel ends it. Example: await serve()"""
+        """As `up()`, in the event loop that runs; cancel it to stop. Example: await serve(8080)"""
         await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
 
     async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
@@ -1980,7 +1971,7 @@ class WebChannels:
         return server
 
     def down(self) -> None:
-        """Stop serving: `down()`. Every client gets a Close 1001, answers in flight are finished.
+        """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
 
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
