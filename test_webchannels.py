@@ -2790,7 +2790,7 @@ class UpAndDownTest(unittest.TestCase):
         app = self.app(shutdown_timeout=60)
         url = app.up(0, block=False)
         with WebSocketClient(url) as client, Connection(url + "/sleep") as http, \
-                WebSocketClient(url) as idle, Connection(url) as unused, Connection(url) as begun:
+                Connection(url) as unused, Connection(url) as begun, WebSocketClient(url) as idle:
             http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n\r\n")
             begun.send_raw(b"GET / HTTP/1.1\r\n")
             client.send_json({"channel": "____", "message": "echo", "payload": "a"})
