@@ -1403,7 +1403,8 @@ class HTTPConnection(asyncio.Protocol):
         if self._ended or upgraded and self._half_closed:
             self._app._http.discard(self)  # the peer is gone
             self.transport.abort()
-        elif upgraded and len(self._app._sockets) >= self._app.config.max_clients:
+        elif upgraded and (self._app._stopping
+                           or len(self._app._sockets) >= self._app.config.max_clients):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
             self._app._http.discard(self)
@@ -1830,8 +1831,6 @@ class WebChannels:
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect.values()):
             await self._invoke(endpoint, {"client": client, "request": request})
-        if self._stopping:
-            raise HTTPError(503, headers={"Retry-After": "5"})
         return client
 
     def _check_host(self, request: Request) -> None:
@@ -2021,20 +2020,18 @@ class WebChannels:
             for connection in list(self._http):
                 if now >= connection.deadline:
                     connection.expire()
-            for client, left in list(self._left_at.items()):
-                if now - left >= settings.disconnected_ttl:
-                    del self._left_at[client]
+            self._left_at = {client: left for client, left in self._left_at.items()
+                             if now - left < settings.disconnected_ttl}
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
-        if self._stopping and isinstance(error, ValueError):
-            return  # it tries to accept again, on a socket that is closed
-        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if time.monotonic() > self._warned + 10:
+                self._warned = time.monotonic()
+                logger.warning("%s: accepting pauses", error.strerror)
+        elif not (self._stopping and isinstance(error, ValueError)):  # it accepts, though closed
             loop.default_exception_handler(context)
-        elif time.monotonic() > self._warned + 10:
-            self._warned = time.monotonic()
-            logger.warning("%s: accepting pauses", error.strerror)
 
     # Threads and forks.
 
@@ -2104,16 +2101,13 @@ if hasattr(os, "register_at_fork"):
 # -------------------------------------------------------------------------------- default app
 
 app = WebChannels()
-config, params = app.config, app.params
-route, channel, on_connect, on_disconnect = (
-    app.route, app.channel, app.on_connect, app.on_disconnect)
+config, params, route, channel = app.config, app.params, app.route, app.channel
+on_connect, on_disconnect, up, serve = app.on_connect, app.on_disconnect, app.up, app.serve
+down, broadcast, subscriptions = app.down, app.broadcast, app.subscriptions
 channels_support, channels_script = app.channels_support, app.channels_script
-up, serve, down, broadcast = app.up, app.serve, app.down, app.broadcast
 connected_clients, disconnected_clients = app.connected_clients, app.disconnected_clients
+subscribe, unsubscribe, unsubscribe_client = app.subscribe, app.unsubscribe, app.unsubscribe_client
 unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
-subscribe, unsubscribe, unsubscribe_client = (
-    app.subscribe, app.unsubscribe, app.unsubscribe_client)
-subscriptions = app.subscriptions
 
 
 # -------------------------------------------------------------------------------- channels.js
