@@ -1407,6 +1407,7 @@ class HTTPConnection(asyncio.Protocol):
                            or len(self._app._sockets) >= self._app.config.max_clients):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
+            self._ended = True  # as an HTTP connection: a work() that is still due does nothing
             self._app._http.discard(self)
             answer._attach(self._writer)
             answer.data_received(bytes(self._buffer))  # it arrived behind the request
