@@ -1151,7 +1151,8 @@ class RedisBus(Bus):
         self._where = host.strip("[]"), int(port or 6379)
         self._ssl = ssl_module.create_default_context() if scheme == "rediss" else None
         self._prefix = f"webchannels/{name or 0}/"  # for PUBLISH, all databases are one
-        self._login = ["AUTH", user or "default", self._secret] if self._secret else []
+        auth = ["AUTH", *filter(None, (user, self._secret))] if self._secret else []
+        self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
         self._limit, self._held, self._dropped = limit, 0, 0
         self._queue: collections.deque[bytes] = collections.deque()
         self._channels: set[str] = set()  # with the prefix
@@ -1208,10 +1209,11 @@ class RedisBus(Bus):
         try:
             self._reader, writer = await asyncio.wait_for(
                 asyncio.open_connection(*self._where, ssl=self._ssl), _PATIENCE)
-            writer.write(_command("HELLO", "3", *self._login))
-            line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
-            if line[:1] != b"%":  # the map that follows is read later
-                raise ConnectionError(f"it said {line[:200].decode('latin-1').rstrip()!r}")
+            writer.writelines(self._login)
+            for _ in self._login:
+                line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
+                if line[:1] not in (b"+", b"%"):  # what follows in HELLO's map is read later
+                    raise ConnectionError(f"it said {line[:200].decode('latin-1').rstrip()!r}")
             self._writer = writer
             if self._channels:
                 self._write("SUBSCRIBE", *self._channels)
