@@ -3661,6 +3661,7 @@ sys.stdin.read()
                 (b"+OK\r\n-ERR unknown command `HELLO`, with args beginning with: `3`, \r\n",
                  "it said '-ERR unknown command"),
                 (b"-ERR what does secret mean\r\n", "what does \\*\\*\\* mean"),
+                (b"-ERR " + 192 * b"x" + b" secret\r\n", "x \\*\\*'"),
                 (b"\x15\x03\x03\x00\x02", "no answer"), (b"x" * 200_000, "chunk|limit"),
                 (b"", "no answer")):
             with self.subTest(why), self.assertRaisesRegex(ConnectionError, why) as caught:

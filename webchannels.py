@@ -1151,6 +1151,7 @@ class RedisBus(Bus):
         self._where = host.strip("[]"), int(port or 6379)
         self._ssl = ssl_module.create_default_context() if scheme == "rediss" else None
         self._prefix = f"webchannels/{name or 0}/"  # for PUBLISH, all databases are one
+        # By itself: an old Redis would quote what it does not understand of a HELLO.
         auth = ["AUTH", *filter(None, (user, self._secret))] if self._secret else []
         self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
         self._limit, self._held, self._dropped = limit, 0, 0
@@ -1213,12 +1214,14 @@ class RedisBus(Bus):
             for _ in self._login:
                 line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
                 if line[:1] not in (b"+", b"%"):  # what follows in HELLO's map is read later
-                    raise ConnectionError(f"it said {line[:200].decode('latin-1').rstrip()!r}")
+                    said = line.rstrip().decode("utf-8", "replace")
+                    said = said.replace(self._secret or "\n", "***")[:200]
+                    raise ConnectionError(f"it said {said!r}")
             self._writer = writer
             if self._channels:
                 self._write("SUBSCRIBE", *self._channels)
         except (OSError, ValueError, asyncio.TimeoutError) as error:
-            why = str(error).replace(self._secret or "\n", "***") or "no answer"
+            why = str(error) or "no answer"
             raise ConnectionError("no Redis at %s:%d: %s" % (*self._where, why)) from None
         finally:
             if writer and not self._writer:
