@@ -230,7 +230,7 @@ _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate,
 
 
 class HTTPError(Exception):
-    """A handler raises it to answer so; `text` has a default. Example: raise HTTPError(401)"""
+    """An answer for a handler to raise; `text` has a default. Example: raise HTTPError(401)"""
 
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
@@ -286,7 +286,7 @@ class Request:
         return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
 
     def members(self, name: str) -> list[str]:
-        """What a comma-separated field has (RFC 9110, 5.6.1). Example: request.members("accept")"""
+        """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
         return [each.strip(" \t") for each in self.headers.get(name, "").lower().split(",")]
 
     def params(self) -> dict[str, Any]:
