@@ -848,6 +848,17 @@ class FrameReaderTest(unittest.TestCase):
         # Close may come inside of a message.
         self.assertEqual(events([frame(TEXT, b"1", fin=False) + frame(CLOSE, b"\x03\xe8bye")], 9),
                          [(CLOSE, (1000, "bye"))])
+        # Control frames do not count, and of what is deflated only what it inflates to.
+        full = frame(TEXT, b"12345", fin=False)
+        for control in frame(PING, b"a"), frame(CLOSE, b"\x03\xe8"):
+            self.assertEqual(len(events([full, control], 5)), 1)
+            self.assertNotEqual(events([full, control], 5)[0][0], webchannels.FAIL)
+        data = os.urandom(100)
+        deflated = packed(data)
+        self.assertGreater(len(deflated), 100)
+        self.assertEqual(events([frame(BINARY, deflated[:60], fin=False, rsv=4),
+                                 frame(CONTINUATION, deflated[60:])], 100, inflate=True),
+                         [(BINARY, data)])
         self.assertEqual(events([frame(BINARY, length=limit + 1)], limit), [(-1, 1009)])
         for size in (6, 200):
             self.assertEqual(events([frame(TEXT, b"x" * size)], size - 1), [(-1, 1009)])
