@@ -1148,169 +1148,142 @@ class RedisBus(Bus):
             raise ValueError("config.redis_url is not redis[s]://[user:password@]host[:port][/name]"
                              ", with %-escapes in the user and the password")
         scheme, user, self._secret, host, port, name = map(urllib.parse.unquote, match.groups(""))
-        self._where = host.strip("[]"), int(port or 6379)
+        self._where, self._limit = (host.strip("[]"), int(port or 6379)), limit
         self._ssl = ssl_module.create_default_context() if scheme == "rediss" else None
-        self._prefix = f"webchannels/{name or 0}/"  # for PUBLISH, all databases are one
-        # By itself: an old Redis would quote what it does not understand of a HELLO.
-        auth = ["AUTH", *filter(None, (user, self._secret))] if self._secret else []
-        self._login = [_command(*words) for words in (auth, ["HELLO", "3"]) if words]
-        self._limit, self._held, self._dropped = limit, 0, 0
-        self._queue: collections.deque[bytes] = collections.deque()
-        self._channels: set[str] = set()  # with the prefix
-        self._writer: asyncio.StreamWriter | None = None  # while we are logged in
-        self._ready = False
+        self._prefix = f"webchannels/{name or 0}/".encode()  # for PUBLISH, all databases are one
+        self._login = [_command(b"HELLO", b"3")]
+        if self._secret:  # not in HELLO: an old Redis would quote what it does not understand
+            auth = [word.encode() for word in ("AUTH", user, self._secret) if word]
+            self._login.insert(0, _command(*auth))
+        self._writer: asyncio.StreamWriter | None = None  # while there is a connection
 
     async def start(self) -> None:
-        self._stopping = False
+        self._channels: set[bytes] = set()  # by their names at Redis
+        self._queue: collections.deque[bytes] = collections.deque()
+        self._held, self._dropped, self._ready = 0, 0, False
         await self._connect()
         self._ready = True
-        self._task = asyncio.ensure_future(self._keep())
+        self._keeping = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
-        self._stopping = True
-        self._flush()
-        self._write("QUIT")  # when Redis has read all, it ends the connection, and so the task
-        self._queue.clear()
-        self._held = 0
-        await asyncio.wait([self._task], timeout=0.5)
-        self._task.cancel()
+        self._keeping.cancel()
+        self._write(b"QUIT", behind=math.inf)  # when Redis has read all, it ends the connection
+        await asyncio.wait([self._reading], timeout=0.5)
+        self._abort()
 
     def publish(self, channel: str, data: bytes) -> None:
         if not self._queue:
-            asyncio.get_running_loop().call_soon(self._flush)
-        self._queue.append(_command("PUBLISH", self._prefix + channel, data))
+            asyncio.get_running_loop().call_soon(self._write)
+        self._queue.append(_command(b"PUBLISH", self._name(channel), data))
         self._held += len(self._queue[-1])
         if self._held > _READ_AHEAD:
-            self._flush()
+            self._write()
         while self._held > self._limit:
             self._held -= len(self._queue.popleft())
             self._dropped += 1
 
     def listen(self, channel: str, wanted: bool) -> None:
-        name = self._prefix + channel
-        (self._channels.add if wanted else self._channels.discard)(name)
-        self._write("SUBSCRIBE" if wanted else "UNSUBSCRIBE", name)
+        (self._channels.add if wanted else self._channels.discard)(self._name(channel))
+        self._write(b"SUBSCRIBE" if wanted else b"UNSUBSCRIBE", self._name(channel))
 
-    def _write(self, *words: str) -> None:
-        if self._writer and not self._writer.transport.is_closing():
-            self._writer.write(_command(*words))
+    def _name(self, channel: str) -> bytes:
+        return self._prefix + channel.encode("utf-8", "surrogatepass")
 
-    def _flush(self) -> None:
-        writer = self._writer
-        if (writer and self._ready and self._queue and not writer.transport.is_closing() and (
-                writer.transport.get_write_buffer_size() < _READ_AHEAD or self._stopping)):
-            writer.write(b"".join(self._queue))
+    def _write(self, *command: bytes, behind: float = _READ_AHEAD) -> None:
+        """Write what is held, unless Redis is so many bytes behind; then a command."""
+        if not self._writer or self._writer.transport.is_closing():
+            return
+        unsent = self._writer.transport.get_write_buffer_size()
+        if self._queue and self._ready and unsent < behind:
+            self._writer.write(b"".join(self._queue))
             if self._dropped:
                 logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
             self._queue.clear()
             self._held = self._dropped = 0
+        if command:
+            self._writer.write(_command(*command))
 
     async def _connect(self) -> None:
-        writer = None
+        """Log in, and subscribe to what is wanted. Raises ConnectionError."""
+        self._silent = True
         try:
-            self._reader, writer = await asyncio.wait_for(
+            reader, writer = await asyncio.wait_for(
                 asyncio.open_connection(*self._where, ssl=self._ssl), _PATIENCE)
-            writer.writelines(self._login)
+            self._writer = writer  # from here on, listen() writes behind this
+            writer.writelines(
+                [*self._login, *(_command(b"SUBSCRIBE", name) for name in self._channels)])
             for _ in self._login:
-                line = await asyncio.wait_for(self._reader.readline(), _PATIENCE)
-                if line[:1] not in (b"+", b"%"):  # what follows in HELLO's map is read later
+                line = await asyncio.wait_for(reader.readline(), _PATIENCE)
+                if line[:1] not in (b"+", b"%"):
                     said = line.rstrip().decode("utf-8", "replace")
                     said = said.replace(self._secret or "\n", "***")[:200]
                     raise ConnectionError(f"it said {said!r}")
-            self._writer = writer
-            if self._channels:
-                self._write("SUBSCRIBE", *self._channels)
+            self._silent = False
+            self._reading = asyncio.ensure_future(self._read(reader))  # HELLO's map, too
         except (OSError, ValueError, asyncio.TimeoutError) as error:
             why = str(error) or "no answer"
             raise ConnectionError("no Redis at %s:%d: %s" % (*self._where, why)) from None
         finally:
-            if writer and not self._writer:
-                writer.transport.abort()
+            if self._silent:
+                self._abort()
 
     async def _keep(self) -> None:
-        """Read; when the connection is lost, come back."""
-        pause = 0.0
+        """Ping; when the connection is lost, come back."""
         while True:
-            try:
-                if not self._ready:
-                    await asyncio.sleep(pause * random.uniform(0.5, 1))
-                    pause = min(2 * pause, _RETRY)
+            while not (await asyncio.wait([self._reading], timeout=_PATIENCE))[0]:
+                if self._silent:
+                    self._reading.cancel()
+                self._silent = True
+                self._write(b"PING")
+            why = "no answer" if self._reading.cancelled() else self._reading.result()
+            logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
+                           *self._where, why, self._limit)
+            self._ready, pause = False, _RETRY / 8
+            while not self._ready:
+                self._abort()
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2 * pause, _RETRY)
+                with contextlib.suppress(ConnectionError):
                     await self._connect()
                     # What is held waits until the other processes are back, too.
-                    asyncio.get_running_loop().call_later(2 * _RETRY, self._back, self._writer)
-                await self._read()
-            except (OSError, ValueError, asyncio.TimeoutError) as error:
-                if self._stopping:
-                    return
-                if self._ready:
-                    logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                                   *self._where, str(error) or "no answer", self._limit)
-                    pause = _RETRY / 8
-                self._ready = False
-            finally:
-                if self._writer:
-                    self._writer.transport.abort()
-                    self._writer = None
-
-    def _back(self, writer: asyncio.StreamWriter | None) -> None:
-        if writer is self._writer:
+                    await asyncio.wait([self._reading], timeout=2 * _RETRY)
+                    self._ready = not self._reading.done()
             logger.warning("Redis at %s:%d is back", *self._where)
-            self._ready = True
-            self._flush()
+            self._write()
 
-    async def _read(self) -> None:
-        """Deliver what comes: `>3` and three strings, of which the first is "message"."""
-        data, at, words = b"", 0, [b""]
-        while True:
-            try:
-                more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
-            except asyncio.TimeoutError:
-                self._write("PING")
-                more = await asyncio.wait_for(self._reader.read(_READ_AHEAD), _PATIENCE)
-            data, at = data[at:] + more, 0
-            match = _RESP.match(data)
-            while match:
-                start = match.end()
-                end = start + int(match[1]) + 2 if match[1] else start
-                if end > len(data):
-                    break
-                words = [*words, data[start:end - 2]] if match[1] else [match[0]]
-                at = end
-                if len(words) == 4:
-                    name = words[2].decode("utf-8", "surrogatepass")
-                    if words[:2] == [b">3\r\n", b"message"] and name in self._channels:
-                        self.deliver(name[len(self._prefix):], words[3])
-                    words = [b""]
-                match = _RESP.match(data, at)
-            most = self._limit if match else min(self._limit, _READ_AHEAD)  # of a line
-            if not more or len(data) - at > most or not match and b"\r\n" in data[at:]:
-                raise ConnectionError(f"it said {data[at:at + 200]!r}" if more else "it hung up")
-            self._flush()  # Redis has read: there may be room again
+    async def _read(self, reader: asyncio.StreamReader) -> str:
+        """Deliver what comes: three strings in a row, the first "message". Returns why it ends."""
+        data = b""
+        words: list[bytes] = []
+        with contextlib.suppress(OSError):
+            while more := await reader.read(_READ_AHEAD):
+                data, at, self._silent = data + more, 0, False
+                while match := _RESP.match(data, at):
+                    start = end = match.end()
+                    if match[1]:
+                        end += int(match[1]) + 2
+                    if end > len(data):
+                        break
+                    at = end
+                    words = [*words[-2:], data[start:end - 2]] if match[1] else []
+                    if len(words) == 3 and words[0] == b"message" and words[1] in self._channels:
+                        name = words[1][len(self._prefix):].decode("utf-8", "surrogatepass")
+                        self.deliver(name, words[2])
+                data = data[at:]
+                if len(data) > (self._limit if match else 9999) or not match and b"\r\n" in data:
+                    return f"it said {data[:200]!r}"
+                self._write()  # Redis has read: there may be room again
+        return "it hung up"
 
-
-def _command(*words: str | bytes) -> bytes:
-    parts = [word.encode("utf-8", "surrogatepass") if isinstance(word, str) else word
-             for word in words]
-    return b"*%d\r\n" % len(parts) + b"".join(
-        [b"$%d\r\n%b\r\n" % (len(part), part) for part in parts])
+    def _abort(self) -> None:
+        if self._writer:
+            self._writer.transport.abort()
+        self._writer = None
 
 
-def pack_push(push: Push, without: set[str], among: set[str] | None) -> bytes:
-    """A broadcast as it travels: a line of JSON, then the bytes, the text, or the envelope."""
-    plain, body = push._bodies
-    head = [push._opcode, plain is body, [*without], None if among is None else [*among]]
-    return dump_json(head).encode() + b"\n" + plain
-
-
-def unpack_push(settings: Config, channel: str,
-                data: bytes) -> tuple[Push, set[str], set[str] | None]:
-    """Raises TypeError, ValueError or RecursionError for what is none, or is too large here."""
-    head, body = data.split(b"\n", 1)
-    opcode, whole, without, among = _decoder.decode(head.decode())
-    text = "" if opcode == BINARY else body.decode()  # what no browser could read is refused
-    push = Push(settings, channel, body if whole else text)
-    push._opcode = BINARY if opcode == BINARY else TEXT
-    return push, set(without), None if among is None else set(among)
+def _command(*words: bytes) -> bytes:
+    return b"*%d\r\n" % len(words) + b"".join(
+        [b"$%d\r\n%b\r\n" % (len(word), word) for word in words])
 
 
 # ---------------------------------------------------------------------------------------- app
@@ -1599,8 +1572,11 @@ class WebChannels:
         there = False
         for name, push in pushes:
             there = self._send(name, push, without, among) or there
-            if self._bus:
-                self._bus.publish(name, self._name + pack_push(push, without, among))
+            if self._bus:  # a line of JSON; then the plain text (kind 0), the envelope, or bytes
+                plain, body = push._bodies
+                kind = push._opcode if plain is body else 0
+                head = dump_json([kind, [*without], None if among is None else [*among]])
+                self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), plain))
         return there
 
     def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
@@ -1618,7 +1594,12 @@ class WebChannels:
                 return
         if not data.startswith(self._name):  # else it is our own
             try:
-                self._send(channel, *unpack_push(self.config, channel, data[len(self._name):]))
+                head, body = data[len(self._name):].split(b"\n", 1)
+                kind, without, among = _decoder.decode(head.decode())
+                text = "" if kind == BINARY else body.decode()  # no browser could read other bytes
+                push = Push(self.config, channel, body if kind else text)
+                push._opcode = BINARY if kind == BINARY else TEXT
+                self._send(channel, push, set(without), None if among is None else set(among))
             except (TypeError, ValueError, RecursionError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
