@@ -792,6 +792,15 @@ def _on_loop(method: H) -> H:
     return call  # type: ignore[return-value]
 
 
+def half_close(transport: Any) -> bool:
+    """Send no more, but read on: a reset could overtake what was sent. False: TLS cannot."""
+    possible = bool(transport.can_write_eof())
+    if possible:
+        with contextlib.suppress(OSError):  # the peer is gone already
+            transport.write_eof()
+    return possible
+
+
 class ChannelClient(asyncio.Protocol):
     """A browser, or whatever else opened a WebSocket.
 
@@ -870,10 +879,8 @@ class ChannelClient(asyncio.Protocol):
 
     def _attach(self, writer: asyncio.StreamWriter) -> None:
         """Take over the connection: from now on its bytes are frames."""
-        self._app._sockets.add(self)
-        if not self._closing:  # by on_connect
-            self._app._clients[self] = None
-            self.connected = True
+        self._app._sockets[self] = None
+        self.connected = not self._closing  # by on_connect
         self._writer = writer
         self._transport = writer.transport
         self._transport.set_protocol(self)
@@ -945,12 +952,7 @@ class ChannelClient(asyncio.Protocol):
                     logger.warning("%r broke the protocol: %s %s", self, *data)
                     self._close(*data)
                     self._flush()
-                    # The peer may be sending still: it is read to its end (RFC 6455, 7.1.7), or
-                    # it might lose our Close frame to a reset.
-                    if self._transport.can_write_eof():
-                        with contextlib.suppress(OSError):  # the peer is gone already
-                            self._transport.write_eof()
-                    else:
+                    if not half_close(self._transport):  # RFC 6455, 7.1.7
                         self._ended = True
                 else:
                     self._close(*data)
@@ -967,7 +969,7 @@ class ChannelClient(asyncio.Protocol):
         if self._frames.more:
             self._app._soon(self.data_received, b"")
         elif not self._writer:  # until now it counted against config.max_clients
-            self._app._sockets.discard(self)
+            self._app._sockets.pop(self, None)
         elif self._ended:
             self._transport.close()
         elif not self._reading:
@@ -1404,9 +1406,7 @@ class HTTPConnection(asyncio.Protocol):
         self._begun, self._ended = False, True
         self._wait(_LINGER)
         self.transport.write(error.response.encode(close=True))
-        try:
-            self.transport.write_eof()  # and read on: a reset could overtake the answer
-        except (NotImplementedError, OSError):  # TLS cannot, or the peer is gone
+        if not half_close(self.transport):
             self.transport.close()
 
     def _end(self) -> None:
@@ -1452,8 +1452,7 @@ class WebChannels:
         self._listening: Sequence[Any] = ()
         self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
         self._http: set[HTTPConnection] = set()
-        self._sockets: set[ChannelClient] = set()  # whose connections are not yet gone
-        self._clients: dict[ChannelClient, None] = {}  # that are connected
+        self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -1581,7 +1580,7 @@ class WebChannels:
 
     def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
         there = False
-        for client in list(self._subscribers.get(channel) or ()):
+        for client in list(self._subscribers.get(channel, ())):
             if client.id not in without and (among is None or client.id in among):
                 there = client._push(push) or there
         return there
@@ -1606,7 +1605,9 @@ class WebChannels:
     @_on_loop
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Every open client, or the subscribers of `channel`. Example: connected_clients("a")"""
-        return list(self._clients if channel is None else self._subscribers.get(channel) or ())
+        if channel is None:
+            return [each for each in self._sockets if each.connected]
+        return list(self._subscribers.get(channel, ()))
 
     @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
@@ -1668,7 +1669,6 @@ class WebChannels:
             except Exception:  # the program's, told in the log: the client is gone, nobody waits
                 logger.exception("%s failed for %r", endpoint.name, client)
 
-        self._clients.pop(client, None)
         channels = [*client.channels]
         self.unsubscribe_client(client)
         client.channels.update(channels)  # for disconnected_clients()
