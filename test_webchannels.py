@@ -2781,7 +2781,8 @@ class UpAndDownTest(unittest.TestCase):
                     self.assertEqual(client.recv_close()[0], 1002)
                 with self.assertRaises(Refused):
                     WebSocketClient(url, origin=url.replace("https", "http"))
-                with no_logs("asyncio"), Connection(url) as connection:
+                with mock.patch.object(webchannels, "_LINGER", 60), no_logs("asyncio"), \
+                        Connection(url) as connection:  # closed at once: TLS has no half-close
                     connection.send_raw(b"nonsense\r\n\r\n")
                     self.assertEqual(connection.response().status, 400)
                     self.assertEqual(connection.rest(), b"")
