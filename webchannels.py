@@ -18,8 +18,8 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 `connected_clients()` lists who is there. Handlers are `def` or `async def`; they take nothing and
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
-The rooms of this file, in the order in which data flows: config, router, http, websocket,
-messages, clients, bus, app, default app, channels.js, demo.
+The rooms of this file, in the order in which data flows: config, router, messages, http,
+websocket, clients, bus, app, default app, channels.js, demo.
 """
 
 from __future__ import annotations
@@ -210,6 +210,54 @@ class Router:
             if found is None and kind in node and pattern.fullmatch(segment):
                 found = self._walk(node[kind], segments, at + 1, (*values, kind(segment)))
         return found
+
+
+# ----------------------------------------------------------------------------------- messages
+
+
+class ChannelError(Exception):
+    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
+
+
+# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
+# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
+_decoder = json.JSONDecoder(
+    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
+    lambda text: int(text if len(text) <= 4300 else ""))
+_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+_encoder = _json()
+_quote = _encoder.encode
+
+
+def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON as JavaScript's own makes it: NaN and the infinities become null.
+
+    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
+    """
+    encoder = _encoder if default is None else _json(default=default)
+    try:
+        text = encoder.encode(value)
+        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
+            text = _quote(json.loads(text, parse_constant=lambda name: None))
+        return text
+    except RecursionError:
+        raise ValueError("the payload is circular or nested too deep") from None
+    except TypeError as error:
+        raise TypeError(f"{error}: set config.json_default to what converts it") from None
+
+
+def read_envelope(data: str | bytes) -> dict[str, Any] | None:
+    """The JSON object with a "channel" that this is, or None."""
+    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
+    if text[:1] != "{":
+        return None
+    try:
+        envelope, end = _decoder.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
+        return None
+    return envelope  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------------------- http
@@ -684,54 +732,6 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
         if len(packed) - 4 < len(body):
             return encode_frame(0x40 | opcode, packed[:-4])  # RSV1
     return encode_frame(opcode, body)
-
-
-# ----------------------------------------------------------------------------------- messages
-
-
-class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
-
-
-# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
-# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
-_decoder = json.JSONDecoder(
-    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
-    lambda text: int(text if len(text) <= 4300 else ""))
-_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
-_encoder = _json()
-_quote = _encoder.encode
-
-
-def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON as JavaScript's own makes it: NaN and the infinities become null.
-
-    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
-    """
-    encoder = _encoder if default is None else _json(default=default)
-    try:
-        text = encoder.encode(value)
-        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
-            text = _quote(json.loads(text, parse_constant=lambda name: None))
-        return text
-    except RecursionError:
-        raise ValueError("the payload is circular or nested too deep") from None
-    except TypeError as error:
-        raise TypeError(f"{error}: set config.json_default to what converts it") from None
-
-
-def read_envelope(data: str | bytes) -> dict[str, Any] | None:
-    """The JSON object with a "channel" that this is, or None."""
-    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
-    if text[:1] != "{":
-        return None
-    try:
-        envelope, end = _decoder.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
-        return None
-    return envelope  # type: ignore[no-any-return]
 
 
 class Push:
