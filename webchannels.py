@@ -19,7 +19,7 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
 The rooms of this file, in the order in which data flows: config, router, messages, http,
-websocket, clients, bus, app, default app, channels.js, demo.
+websocket, connections, bus, app, default app, channels.js, demo.
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Config:
     max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
     max_body_size: int = 1024 * 1024  # of a request; past it 413
     max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
+    max_inflation: int = 20  # how many times the bytes of a message may inflate, past 64 KiB
     max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
     max_subscriptions: int = 1000  # channels for each client
     max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
@@ -102,6 +103,7 @@ class Config:
     ping_interval: float = 20  # a client silent for so long is sent a ping; 0: never
     ping_timeout: float = 20  # and dropped when it is silent for so long after it
     shutdown_timeout: float = 5  # for handlers to finish and clients to close
+    abandoned_timeout: float = 10  # for a handler to end whose client has left; it is cancelled
     disconnected_ttl: float = 60  # for which disconnected_clients() lists a client that left
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
@@ -487,6 +489,8 @@ _PARAMETER = re.compile(r"\s*((?:server|client)_(?:no_context_takeover|max_windo
 # What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
 # as such, the message ended in the middle of a block.
 _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
+_TOO_LONG = (1009, "message too long (config.max_message_size)")
+_CREDIT = 64 * 1024  # bytes that one client's messages may inflate to, however little arrived
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 _from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
@@ -527,7 +531,8 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
     """The answer to the first offer that can be met, and the server's window bits; or ("", 0).
 
     Neither side takes over context (RFC 7692, 7.1.1): an idle client then costs no zlib state,
-    and a broadcast is deflated once for all. An offer with a parameter that is unknown, repeated
+    and a broadcast is deflated once for all. So that it is not deflated for each window size, who
+    asks for a smaller one gets the smallest. An offer with a parameter that is unknown, repeated
     or out of range is declined (7.1), and so is a server window of 8 bits: zlib has none.
     """
     for offer in header.split(","):
@@ -536,6 +541,8 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
         bits = found.get("server_max_window_bits", "15")
         if (name.strip().lower() == "permessage-deflate" and len(found) == len(parts)
                 and bits not in (None, "8")):
+            if bits != "15":
+                found["server_max_window_bits"] = bits = "9"
             agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
             return agreed + "".join(f"; {k}={v}" for k, v in found.items() if v), int(bits)
     return "", 0
@@ -561,33 +568,47 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_final", "_head", "_inflate", "_left", "_mask", "_max", "_message", "frames",
-                 "more", "unfinished")
+    __slots__ = ("_credit", "_final", "_inflated", "_left", "_mask", "_max", "_max_inflation",
+                 "_message", "_rest", "frames", "more")
 
-    def __init__(self, max_message_size: int, inflate: bool = False) -> None:
-        """`inflate`: was permessage-deflate agreed on?"""
-        self._max, self._inflate = max_message_size, inflate
+    def __init__(self, max_message_size: int, max_inflation: int = 0) -> None:
+        """`max_inflation`: see Config; 0: permessage-deflate was not agreed on."""
+        self._max, self._max_inflation = max_message_size, max_inflation
         self.frames = 0  # how many were begun
-        self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
         # What waits: part of a header, part of a control frame, or `more`. None: it is over.
-        self._head: bytes | None = b""
+        self._rest: bytes | None = b""
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
+        self._inflated = 0  # bytes, by this call of receive()
+        self.refill()
+
+    def refill(self) -> None:
+        """From time to time, messages may inflate by more than `max_inflation`, together so far."""
+        self._credit = _CREDIT
+
+    def unfinished(self) -> tuple[int, int]:
+        """The number of the frame that began what has not fully arrived, and how much of it has.
+
+        (0, 0): nothing was begun. What arrived of control frames inside of a message is not told.
+        """
+        if self._message:
+            return self._message.number, self._message.arrived
+        return (self.frames + 1, len(self._rest)) if self._rest else (0, 0)
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
         events: list[Event] = []
-        if self._head is None:
+        if self._rest is None:
             return events
-        data = self._head + data
+        data = self._rest + data
         at, end = 0, len(data)
-        self.more = False
+        self._inflated = 0
         most = self.frames + 1000  # of tiny frames a chunk holds tens of thousands
         try:
             if self._message and self._left:
                 at = self._payload(self._message, data, 0, events)
-            while end - at >= 2 and self.frames < most and not self.more:
+            while end - at >= 2 and self.frames < most and self._inflated < _CREDIT:
                 size = data[at + 1] - 128
                 start = at + 6
                 # The common frame: a short text message, masked and in one piece.
@@ -601,16 +622,14 @@ class FrameReader:
                     if stop == at:
                         break
                     at = stop
+            self.more = at < end and (self.frames == most or self._inflated >= _CREDIT)
         except ProtocolError as error:
             events.append((FAIL, error.args))
         except (UnicodeDecodeError, zlib.error) as error:
             events.append((FAIL, (1007, str(error))))
-        self.more = at < end and (self.more or self.frames == most)
-        self._head = data[at:]
-        if not self._left:
-            self.unfinished = len(self._head)
+        self._rest = data[at:]
         if events and events[-1][0] in (FAIL, CLOSE):
-            self._head, self._message, self.unfinished, self.more = None, None, 0, False
+            self._rest, self._message, self.more = None, None, False
         return events
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
@@ -619,7 +638,7 @@ class FrameReader:
         opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
         if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
-        if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
+        if first & 0x70 and not (compressed and self._max_inflation and opcode in (TEXT, BINARY)):
             raise ProtocolError(1002, "reserved bit set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, "reserved opcode")
@@ -639,9 +658,12 @@ class FrameReader:
             return at  # too little; it is looked at again when there is more
         self.frames += 1
         self._mask = data[start - 4:start]
-        if opcode < CLOSE and not (message.inflater if message else compressed):
-            if length + (message.size if message else 0) > self._max:
-                raise ProtocolError(1009, "message too long")
+        if opcode < CLOSE:
+            most = self._max
+            if message.inflater if message else compressed:
+                most += most // 8 + 1024  # what deflate cannot shrink it may lengthen
+            if length + (message.arrived if message else 0) > most:
+                raise ProtocolError(*_TOO_LONG)
         if opcode and final and not compressed and stop <= len(data):  # all in one piece
             payload = unmask(data[start:stop], self._mask)
             if opcode == CLOSE:
@@ -652,9 +674,9 @@ class FrameReader:
                 return len(data)
             events.append((opcode, payload.decode() if opcode == TEXT else payload))
             return stop
-        self._message = message or _Message(opcode, compressed, self._max)
+        self._message = message or _Message(opcode, compressed, self.frames)
         self._final = final
-        self._left = self.unfinished = length
+        self._left = length
         return self._payload(self._message, data, start, events)
 
     def _payload(self, message: _Message, data: bytes, start: int, events: list[Event]) -> int:
@@ -662,28 +684,38 @@ class FrameReader:
         part = data[start:start + self._left]
         self._left -= len(part)
         last = self._final and not self._left
-        whole = message.add(unmask(part, self._mask), last)
+        message.arrived += len(part)
+        credit = self._credit + self._max_inflation * message.arrived
+        before = message.size
+        whole = message.add(unmask(part, self._mask), last, self._max, credit)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
+        if message.inflater:
+            self._inflated += message.size - before
         if last:
+            if message.inflater:
+                self._credit = min(credit - message.size, _CREDIT)
             events.append((message.opcode, whole))
             self._message = None
-            self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
         return start + len(part)
 
 
 class _Message:
     """A text or binary message of which not everything has arrived."""
 
-    def __init__(self, opcode: int, compressed: bool, max_size: int) -> None:
-        self.opcode, self.max_size = opcode, max_size
-        self.size = self.final_blocks = 0
-        self.parts: list[Any] = []  # of str, if it is text, or of bytes
-        self.join: Any = ("" if opcode == TEXT else b"").join
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.inflater: Any = zlib.decompressobj(-15) if compressed else None
+    __slots__ = ("_body", "_decoder", "_final_blocks", "arrived", "inflater", "number", "opcode",
+                 "size")
 
-    def add(self, data: bytes, last: bool) -> Any:
-        """Inflate, within the greatest size, and check; return the message after its last part."""
+    def __init__(self, opcode: int, compressed: bool, number: int) -> None:
+        """`number` is that of its first frame."""
+        self.opcode, self.number = opcode, number
+        self.arrived = self.size = 0  # bytes, before and after they are inflated
+        self.inflater: Any = zlib.decompressobj(-15) if compressed else None
+        self._final_blocks = 0
+        self._body = bytearray()  # text, too: as str it could take four times as much
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, data: bytes, last: bool, most: int, credit: int) -> Any:
+        """Inflate, within both limits, and check; return the message after its last part."""
         if last and self.inflater:
             data += _DEFLATE_TAIL
         while data:
@@ -691,27 +723,33 @@ class _Message:
             if self.inflater:
                 if self.inflater.eof:  # a final block that is not the last: RFC 7692, 7.2.3.4
                     self.inflater = zlib.decompressobj(-15)
-                    self.final_blocks += 1
-                    if self.final_blocks > 16:  # a flood of them would take long
+                    self._final_blocks += 1
+                    if self._final_blocks > 16:  # a flood of them would take long
                         raise ProtocolError(1007, "too many final blocks")
-                part = self.inflater.decompress(part, self.max_size - self.size + 1)
+                part = self.inflater.decompress(part, min(most, credit) - self.size + 1)
                 data = self.inflater.unused_data
             self.size += len(part)
-            if self.size > self.max_size:
-                raise ProtocolError(1009, "message too long")
-            self.parts.append(self.decoder.decode(part) if self.opcode == TEXT else part)
-            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
-            # (ED A0 to ED BF) only at their third.
-            if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
-                raise ProtocolError(1007, "text is not UTF-8")
-        if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
-            self.parts = [self.join(self.parts)]
+            if self.size > most:
+                raise ProtocolError(*_TOO_LONG)
+            if self.inflater and self.size > credit:
+                raise ProtocolError(1009, "inflates too much (config.max_inflation)")
+            self._body += part
+            if self.opcode == TEXT and (data or not last):  # else it is decoded at once
+                self._check(part)
         if not last:
             return None
         if self.inflater and not self.inflater.eof:
             raise ProtocolError(1007, "deflate data cut short")
-        self.decoder.decode(b"", True)
-        return self.join(self.parts)
+        return self._body.decode() if self.opcode == TEXT else bytes(self._body)
+
+    def _check(self, part: bytes) -> None:
+        """Raises UnicodeDecodeError or ProtocolError for what is not UTF-8."""
+        if not part.isascii() or self._decoder.getstate()[0]:
+            self._decoder.decode(part)
+            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
+            # (ED A0 to ED BF) only at their third.
+            if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
+                raise ProtocolError(1007, "text is not UTF-8")
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
@@ -770,12 +808,18 @@ def check_size(settings: Config, body: bytes) -> None:
         raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
 
 
-# ------------------------------------------------------------------------------------ clients
+# -------------------------------------------------------------------------------- connections
 
 # Where a message came from: the channel, the message and the ref, which the reply will have.
 Origin = tuple[str, str, Any]
-_READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
+_READ_AHEAD = 64 * 1024  # bytes taken while something must wait, before reading stops
+_PIECE = 128 * 1024  # bytes of a long answer that are handed to the transport at once
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
+_LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
+_TURN = 0.001  # seconds for which a connection goes on before it stands in line
+_LARGE = 8192  # bytes: what is larger may take long, and stands in line at once
+# From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 # What the handler that is running may ask for.
 _params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
@@ -796,12 +840,267 @@ def half_close(transport: Any) -> bool:
     """Send no more, but read on: a reset could overtake what was sent. False: TLS cannot."""
     possible = bool(transport.can_write_eof())
     if possible:
-        with contextlib.suppress(OSError):  # the peer is gone already
+        with contextlib.suppress(OSError, RuntimeError):  # the peer is gone already
             transport.write_eof()
     return possible
 
 
-class ChannelClient(asyncio.Protocol):
+class Connection(asyncio.Protocol):
+    """What an HTTP connection and a WebSocket share.
+
+    Its two halves are `_done` (we have sent our last) and `_peer_done` (the peer has). It is
+    `_behind` while the peer must read first, and lost when it has no `_transport` any more.
+    """
+
+    __slots__ = ("_app", "_behind", "_deadline", "_done", "_in_line", "_peer_done", "_reading",
+                 "_task", "_transport", "_writer", "__weakref__")
+
+    def __init__(self, app: WebChannels) -> None:
+        self._app = app
+        self._transport: Any = None  # an asyncio.Transport, while there is one
+        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
+        self._done = self._peer_done = self._behind = self._in_line = False
+        self._reading = True
+        self._task: asyncio.Future[None] | None = None  # the handler that is awaited
+        self._deadline = math.inf  # when what has begun must be over, by time.monotonic()
+
+    def _wait(self, seconds: float, size: int = 0) -> None:
+        """Set when the sweep will end what is waited for, which is of `size` bytes."""
+        self._deadline = time.monotonic() + seconds + size / _SLOWEST
+
+    def _read(self, wanted: bool) -> None:
+        if self._transport and wanted != self._reading:
+            self._reading = wanted
+            (self._transport.resume_reading if wanted else self._transport.pause_reading)()
+
+    def pause_writing(self) -> None:
+        """The transport is full."""
+        self._behind = True
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._behind = False
+        self._app._soon(self._work)  # later: it may close the transport, which is writing now
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._transport = self._writer = None
+        self._peer_done, self._behind = True, False
+        self._wait(self._app.config.abandoned_timeout)
+
+    def _abandon(self) -> None:
+        """The peer has left, and its handler did not end: cancel it, and let go of it."""
+        task, self._task = self._task, None
+        if task:
+            logger.info("%r has left: its handler is cancelled", self)
+            self._app._cancel(task)
+
+    def _work(self, my_turn: bool = False) -> None:
+        """Go on with what has arrived, until something must be waited for."""
+        raise NotImplementedError
+
+    def _shut(self) -> None:
+        """The server goes down: end, after what has begun."""
+        raise NotImplementedError
+
+    def _check(self, now: float, seconds: float) -> None:
+        """The sweep asks, `seconds` after the last time: is anything over its deadline?"""
+        raise NotImplementedError
+
+
+class HTTPConnection(Connection):
+    """A connection, from its first byte to its end, or until it becomes a WebSocket."""
+
+    __slots__ = ("_address", "_begun", "_buffer", "_hungry", "_requests", "_unsent")
+
+    def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
+        super().__init__(app)
+        self._writer, self._transport = writer, writer.transport
+        peer = self._transport.get_extra_info("peername")
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._buffer = bytearray()
+        self._requests = read_requests(self._buffer, app.config)
+        self._hungry = True  # does it wait for more bytes?
+        self._begun = False  # a part of a request is here
+        self._unsent: bytes | memoryview = b""  # the rest of an answer
+        full = len(app._http) >= app.config.max_clients
+        app._http.add(self)
+        self._wait(app.config.keep_alive_timeout)
+        if app._ssl and full:
+            self._lost()
+            self._transport.abort()
+        elif app._ssl:
+            self._done = True  # nothing is answered yet
+            self._task = asyncio.ensure_future(self._secure(app._ssl))
+        else:
+            self._transport.set_protocol(self)
+        if full:
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
+
+    def __repr__(self) -> str:
+        return f"<HTTPConnection {self._address}>"
+
+    async def _secure(self, context: ssl_module.SSLContext) -> None:
+        """Shake hands. (If the server did it, connections without a handshake were not counted.)"""
+        loop, settings = asyncio.get_running_loop(), self._app.config
+        self._deadline = math.inf
+        try:
+            self._transport = await loop.start_tls(
+                self._transport, self, context, server_side=True,
+                ssl_handshake_timeout=settings.handshake_timeout)
+        except OSError as error:  # ssl.SSLError is one
+            logger.info("no TLS handshake with %s: %s", self._address, error)
+            self._transport = None
+        self._task = None
+        if self._transport is None or self._peer_done:
+            self._lost()
+        else:
+            self._done = False
+            self._wait(settings.keep_alive_timeout)
+            self._work()
+
+    def data_received(self, data: bytes) -> None:
+        if self._done and not self._task:
+            return
+        self._buffer += data
+        self._deadline += len(data) / _SLOWEST
+        self._work()
+        if not self._hungry and len(self._buffer) > _READ_AHEAD:
+            self._read(False)
+
+    def eof_received(self) -> bool:
+        self._peer_done = True  # what the peer asked for before is still answered
+        if self._task:
+            self._wait(self._app.config.abandoned_timeout)
+        self._work()
+        return not self._done and bool(self._transport.can_write_eof())  # TLS cannot
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._done = True
+        self._buffer.clear()
+        self._unsent = b""
+        if not self._task:
+            self._lost()
+
+    def _lost(self) -> None:
+        self._done = True
+        self._app._http.discard(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._send()
+
+    def _work(self, my_turn: bool = False) -> None:
+        """Answer the next request, if it has arrived and the peer reads its answers."""
+        if self._task or self._behind or self._unsent or self._done or self._in_line:
+            return
+        if self._app._stopping and not self._begun:
+            self._end()
+            return
+        if len(self._buffer) > _LARGE and not (my_turn or self._app._take_turn()):
+            self._hungry = False
+            self._app._line_up(self)
+            return
+        try:
+            found = next(self._requests)
+        except HTTPError as error:
+            self._refuse(error)
+            return
+        self._hungry = not isinstance(found, Request)
+        if isinstance(found, Request):
+            found.address = self._address
+            self._begun, self._deadline = False, math.inf
+            if self._peer_done:
+                self._wait(self._app.config.abandoned_timeout)
+            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
+            self._task = None if task.done() else task
+        elif self._peer_done:
+            self._end()
+        else:
+            self._read(True)
+            if found is not None:
+                self._transport.write(found)
+                if not self._begun:
+                    self._begun = True
+                    self._wait(self._app.config.handshake_timeout, len(self._buffer))
+
+    async def _answer(self, request: Request) -> None:
+        """Send the answer, or become a WebSocket."""
+        answer = await self._app._answer(request, self)
+        if self._done:  # the peer is gone
+            self._task = None
+            self._lost()
+            return
+        self._task = None
+        settings = self._app.config
+        upgraded = isinstance(answer, ChannelClient)
+        if upgraded and self._peer_done:
+            self._lost()
+            self._transport.abort()
+        elif upgraded and (self._app._stopping
+                           or len(self._app._sockets) >= settings.max_clients):
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
+        elif isinstance(answer, ChannelClient):
+            self._lost()  # as an HTTP connection: what is still due does nothing
+            answer._attach(self._writer, self._transport, self._reading)
+            answer.data_received(bytes(self._buffer))  # it arrived behind the request
+        else:
+            last = (request.http_1_0 or self._app._stopping
+                    or "close" in request.members("connection"))  # RFC 9112, 9.3
+            self._unsent = memoryview(answer.encode(request.method == "HEAD", last))
+            self._done = last
+            self._wait(settings.handshake_timeout)
+            self._send()
+            if self._buffer or self._peer_done:
+                self._app._line_up(self)  # not now: others have their turn
+
+    def _send(self) -> None:
+        """Send of the answer what the peer has room for; it must read `_SLOWEST` on the whole."""
+        while self._unsent and not self._behind:
+            piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
+            self._deadline += len(piece) / _SLOWEST
+            self._transport.write(piece)
+        if not self._unsent:
+            self._unsent = b""  # an empty view holds all of it
+            if self._done:
+                self._transport.close()
+            elif not (self._behind or self._begun):
+                self._wait(self._app.config.keep_alive_timeout)
+
+    def _refuse(self, error: HTTPError) -> None:
+        logger.warning("refused %s: %s", self._address, error)
+        self._begun, self._done = False, True
+        self._wait(_LINGER)
+        self._transport.write(error.response.encode(close=True))
+        if not half_close(self._transport):
+            self._transport.close()
+
+    def _end(self) -> None:
+        self._done = True
+        self._transport.close()
+
+    def _shut(self) -> None:
+        if self._done and self._task and self._transport:  # a TLS handshake
+            self._transport.abort()
+        self._work()
+
+    def _check(self, now: float, seconds: float) -> None:
+        if now < self._deadline:
+            return
+        if self._task:
+            self._abandon()
+            self._done = True
+        if self._transport is None:
+            self._lost()
+        elif self._behind or self._done:
+            self._transport.abort()
+        elif self._begun:
+            self._refuse(HTTPError(408))
+        else:
+            self._end()
+
+
+class ChannelClient(Connection):
     """A browser, or whatever else opened a WebSocket.
 
     `.id`: str, unlike every other's, also of other processes. `.address`: the peer's IP address.
@@ -810,27 +1109,24 @@ class ChannelClient(asyncio.Protocol):
     Example: def who(client: ChannelClient): return client.address
     """
 
-    __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
-                 "_frame_mark", "_frames", "_heard", "_held", "_pending", "_pinged", "_queue",
-                 "_queued", "_reading", "_since", "_task", "_transport", "_writer", "address",
-                 "channels", "connected", "data", "id", "request")
+    __slots__ = ("_begun", "_corked", "_dialect", "_frames", "_held", "_pending", "_queue",
+                 "_queued", "_silence", "address", "channels", "connected", "data", "id",
+                 "request")
 
     def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
                  head: bytes) -> None:
-        self._app, self._dialect = app, dialect
+        super().__init__(app)
+        self._dialect = dialect
         self.id = secrets.token_hex(8)
         self.request, self.address = request, request.address
         self.channels: set[str] = set()
         self.data: dict[Any, Any] = {}
         self.connected = False
-        self._transport: Any = None  # an asyncio.Transport, once the handshake is over
-        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
         # Incoming: events that wait for the handler before them.
-        self._frames = FrameReader(app.config.max_message_size, inflate=dialect[1] > 0)
-        self._pending: collections.deque[Event] = collections.deque()
-        self._task: asyncio.Future[None] | None = None  # the handler that is awaited
+        self._frames = FrameReader(app.config.max_message_size,
+                                   app.config.max_inflation if dialect[1] else 0)
+        self._pending: list[Event] = []
         self._held = 0  # bytes that arrived meanwhile
-        self._reading = True
         # Outgoing: frames stay here while messages are handled (they are then written at once),
         # and while the transport is full (here they can be counted), or not there yet.
         self._queue: list[bytes] = [head]
@@ -838,13 +1134,8 @@ class ChannelClient(asyncio.Protocol):
         self._corked = False
         self._behind = True
         # Life and death. The sweep looks at these.
-        self._heard = True
-        self._since = 0.0  # when the sweep last found that something had been heard
-        self._pinged = False
-        self._frame_mark = (-1, 0.0)  # the unfinished frame that the sweep saw first, and when
-        self._closing = False  # a Close frame was sent, or never will be
-        self._ended = False  # the peer sends no more
-        self._deadline = math.inf  # when the connection is cut, if it is not over by then
+        self._silence = 0.0  # seconds for which nothing was heard, while we listened
+        self._begun = 0  # the frame that began what the deadline is for
 
     def __repr__(self) -> str:
         return (f"<ChannelClient {self.id} {self.address} "
@@ -864,7 +1155,7 @@ class ChannelClient(asyncio.Protocol):
             channel = given.get("channel")
         settings = self._app.config
         push = Push(settings, channel or settings.default_channel, message, payload)
-        return (self.connected or not self._transport) and self._push(push)
+        return (self.connected or not self._peer_done) and self._push(push)
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -877,89 +1168,93 @@ class ChannelClient(asyncio.Protocol):
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
         self._close(code, reason)
 
-    def _attach(self, writer: asyncio.StreamWriter) -> None:
+    def _attach(self, writer: asyncio.StreamWriter | None, transport: Any, reading: bool) -> None:
         """Take over the connection: from now on its bytes are frames."""
         self._app._sockets[self] = None
-        self.connected = not self._closing  # by on_connect
-        self._writer = writer
-        self._transport = writer.transport
-        self._transport.set_protocol(self)
+        self.connected = not self._done  # by on_connect
+        self._writer, self._transport, self._reading = writer, transport, reading
+        transport.set_protocol(self)
         self.resume_writing()
-        self._transport.resume_reading()
+        self._read(True)
 
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._corked = True  # pongs leave together
+        self._silence = 0.0
+        self._take(data)
+        self._work()
+        if self._pending or self._frames.more:
+            self._held += len(data)
+            if self._held > _READ_AHEAD or self._frames.more:
+                self._read(False)
+
+    def _take(self, data: bytes) -> None:
+        """Answer pings, also while a handler is busy; what is to be handled goes to `_pending`."""
+        self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
                 self._write(encode_frame(PONG, event[1]))
             elif kind == TEXT and not event[1] and self._dialect[0]:
-                self._write(encode_frame(TEXT, b""))  # a keep-alive, also while a handler is busy
+                self._write(encode_frame(TEXT, b""))  # a keep-alive
             elif kind != PONG:
                 self._pending.append(event)
                 if kind == CLOSE:
-                    self._ended = True
+                    self._peer_done = True
                     self._leave()
-        self._work()
-        if self._pending or self._frames.more:
-            self._held += len(data)
-            if self._held > _READ_AHEAD or self._frames.more:
-                self._reading = False
-                self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The peer sends no more; what it asked for before is still answered."""
-        self._ended = True
+        self._peer_done = True
         self._leave()
-        self._deadline = time.monotonic() + self._app.config.handshake_timeout
         self._work()
         # TLS has no half-closed connections.
         return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._writer = None  # it is large, and disconnected_clients() may list this for a while
-        self._behind = False
+        super().connection_lost(exc)
         self._leave()
         self._work()  # what arrived before is handled still
 
-    def pause_writing(self) -> None:
-        """The transport is full."""
-        self._behind = True
-
     def resume_writing(self) -> None:
-        """The transport has room again."""
-        self._behind = False
+        super().resume_writing()
         self._flush()
-        self._app._soon(self._work)  # later: it may close the transport, which is writing now
 
     # Messages are handled in order.
 
-    def _work(self) -> None:
+    def _work(self, my_turn: bool = False) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
+        pending, ends = self._pending, 0.0
         self._corked = True
-        pending = self._pending
         try:
-            for _ in range(256):  # then others have their turn
-                if not pending or self._task or self._behind:
+            if my_turn and self._frames.more and not pending:
+                self._take(b"")
+            while pending and not (self._task or self._behind or self._in_line):
+                kind, data = pending[0]
+                if (kind == TEXT or kind == BINARY) and len(data) > _LARGE and not (
+                        my_turn or self._app._take_turn()):
+                    self._app._line_up(self)
                     break
-                kind, data = pending.popleft()
+                del pending[0]
                 if kind == TEXT or kind == BINARY:
-                    if not self._closing:
+                    if not self._done:
                         self._app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s %s", self, *data)
                     self._close(*data)
                     self._flush()
-                    if not half_close(self._transport):  # RFC 6455, 7.1.7
-                        self._ended = True
+                    if self._transport and not half_close(self._transport):  # RFC 6455, 7.1.7
+                        self._peer_done = True
                 else:
                     self._close(*data)
                 if self._queued > _READ_AHEAD:
                     self._flush()
-            else:
-                self._app._soon(self._work)
+                if pending:
+                    now = time.monotonic()
+                    if not ends:
+                        ends = now + _TURN
+                    elif now > ends:
+                        self._app._line_up(self)
         finally:
             self._corked = False
             self._flush()
@@ -967,20 +1262,19 @@ class ChannelClient(asyncio.Protocol):
             return
         self._held = 0  # all that arrived is handled
         if self._frames.more:
-            self._app._soon(self.data_received, b"")
-        elif not self._writer:  # until now it counted against config.max_clients
+            self._app._line_up(self)
+        elif not self._transport:  # until now it counted against config.max_clients
             self._app._sockets.pop(self, None)
-        elif self._ended:
+        elif self._peer_done:
             self._transport.close()
-        elif not self._reading:
-            self._reading = True
-            self._transport.resume_reading()
+        else:
+            self._read(True)
 
     # What is sent.
 
     def _push(self, push: Push) -> bool:
         self._write(push.frame(self._dialect))
-        return not self._closing
+        return not self._done
 
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
@@ -1008,11 +1302,14 @@ class ChannelClient(asyncio.Protocol):
     def _reply_later(self, origin: Origin, result: asyncio.Future[Any]) -> None:
         """Send what the handler will return; the client's other messages wait until then."""
         def done(result: asyncio.Future[Any]) -> None:
-            self._task = None
+            abandoned = self._task is not result
+            if not abandoned:
+                self._task = None
             try:
                 self._reply(origin, result.result())
             except (Exception, asyncio.CancelledError) as error:
-                self._fail(origin, error)
+                if not (abandoned and isinstance(error, asyncio.CancelledError)):
+                    self._fail(origin, error)
             self._work()
         self._task = result
         result.add_done_callback(done)
@@ -1035,26 +1332,26 @@ class ChannelClient(asyncio.Protocol):
         self._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
 
     def _write(self, frame: bytes) -> None:
-        if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
+        if self._done:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
         if self._corked or self._behind:
             self._queue.append(frame)
             self._queued += len(frame)
             if not self._corked:
                 self._flush()
-        elif not self._transport.is_closing():  # and the queue is empty
+        elif self._transport and not self._transport.is_closing():  # and the queue is empty
             self._transport.write(frame)
 
     def _flush(self) -> None:
-        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
+        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._done):
             return
         data = b"".join(self._queue)
-        del self._queue[0 if self._transport else 1:]  # the head of the 101 stays
+        del self._queue[0 if self._transport or self._peer_done else 1:]  # the 101's head stays
         self._queued = 0
         if self._behind:
             logger.warning("%r is more than config.max_send_buffer behind: closed", self)
             self._close(1013, "too slow")
-        elif data and not self._transport.is_closing():
+        elif data and self._transport and not self._transport.is_closing():
             self._transport.write(data)
 
     # The end.
@@ -1062,49 +1359,65 @@ class ChannelClient(asyncio.Protocol):
     def _leave(self) -> None:
         if self.connected:
             self.connected = False
+            self._wait(self._app.config.abandoned_timeout)
             self._app._left(self)
 
     def _close(self, code: int, reason: str) -> None:
         """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts the deaf."""
-        if not self._closing:
+        if not self._done:
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
-            self._closing = True
-            self._deadline = time.monotonic() + self._app.config.handshake_timeout
+            self._done = True
         self._leave()
+        self._wait(self._app.config.handshake_timeout)
 
     def _shut(self) -> None:
-        """The server goes down: close after the handler that is running."""
         self._leave()
-        self._pending.clear()
-        self._pending.append((CLOSE, (1001, "server going down")))
+        self._pending[:] = [(CLOSE, (1001, "server going down"))]
         self._work()
 
     def _abort(self, why: str) -> None:
-        logger.info("%r dropped: %s", self, why)
-        self._transport.abort()
+        if self._transport:
+            logger.info("%r dropped: %s", self, why)
+            self._transport.abort()
 
-    def _check(self, now: float, settings: Config) -> None:
-        """Called by the sweep: is the peer alive, and does it finish what it began?"""
-        if not self._writer:
+    def _let_go(self) -> None:
+        """Of a client that has left, disconnected_clients() tells little: nothing large stays."""
+        self.request = Request("GET / HTTP/1.0")
+        self.request.address = self.address
+        self._frames = FrameReader(0)
+        room = 2048
+        for name in list(self.channels):
+            room -= 100 + len(name)
+            if room < 0:
+                self.channels.discard(name)
+
+    def _check(self, now: float, seconds: float) -> None:
+        settings = self._app.config
+        if not self.connected:
+            if now >= self._deadline:
+                if self._pending:
+                    logger.info("%r has left: %d messages are dropped", self, len(self._pending))
+                self._pending.clear()
+                self._abandon()
+                self._app._sockets.pop(self, None)
+                self._abort("it did not close in time")
             return
-        if self._heard or self._task and not self._reading:
-            self._heard = self._pinged = False
-            self._since = now
-        silent = now - self._since
-        size = self._frames.unfinished if self._reading else 0
-        frame = self._frames.frames if size else -1
-        if frame != self._frame_mark[0]:
-            self._frame_mark = (frame, now)
-        if now >= self._deadline:
-            self._abort("it did not close in time")
-        elif size and now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
-            self._close(1013, "frame not finished in time")
-        elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
-            self._abort("no answer to a ping")
-        elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
-            self._pinged = True
-            self._write(encode_frame(PING, b""))
+        self._frames.refill()
+        begun, arrived = self._frames.unfinished() if self._reading else (0, 0)
+        if begun != self._begun:
+            self._begun = begun
+            self._wait(settings.handshake_timeout)
+        if begun and now >= self._deadline + arrived / _SLOWEST:
+            self._close(1013, "message not finished in time")
+        elif settings.ping_interval:
+            before, self._silence = self._silence, self._silence + seconds
+            if self._silence >= settings.ping_interval + settings.ping_timeout:
+                self._silence = 0.0
+                if self._reading:  # else it is we who do not listen
+                    self._abort("no answer to a ping")
+            elif before < settings.ping_interval <= self._silence:
+                self._write(encode_frame(PING, b""))
 
 
 # ---------------------------------------------------------------------------------------- bus
@@ -1291,136 +1604,9 @@ def _command(*words: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------- app
 
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
-_LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
-# From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
-_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
-
-
-class HTTPConnection(asyncio.Protocol):
-    """A connection, from its first byte to its end, or until it becomes a WebSocket."""
-
-    def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
-        self._app = app
-        self._writer = writer  # its finaliser closes the transport
-        self.transport: Any = writer.transport
-        peer = self.transport.get_extra_info("peername")
-        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._buffer = bytearray()
-        self._requests = read_requests(self._buffer, app.config)
-        self._begun = False  # a part of a request is here
-        self._behind = False  # the peer must read first
-        self._half_closed = False  # the peer sends no more
-        self._ended = False  # nothing more is answered
-        self.task: asyncio.Task[None] | None = None  # the answer that is awaited
-        self._wait(app.config.keep_alive_timeout)
-        app._http.add(self)
-        self.transport.set_protocol(self)
-        if len(app._http) > app.config.max_clients:
-            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-
-    def _wait(self, seconds: float, size: int = 0) -> None:
-        """Set when the sweep will end what is waited for, which is of `size` bytes."""
-        self.deadline = time.monotonic() + seconds + size / _SLOWEST
-
-    def data_received(self, data: bytes) -> None:
-        if not self._ended:
-            self._buffer += data
-            self.deadline += len(data) / _SLOWEST
-            self.work()
-            if (self.task or self._behind) and len(self._buffer) > _READ_AHEAD:
-                self.transport.pause_reading()
-
-    def eof_received(self) -> bool:
-        self._half_closed = True  # what the peer asked for before is still answered
-        self.work()
-        return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._ended = True
-        if not self.task:
-            self._app._http.discard(self)
-
-    def pause_writing(self) -> None:
-        self._behind = True
-
-    def resume_writing(self) -> None:
-        self._behind = False
-        self._app._soon(self.work)
-
-    def work(self) -> None:
-        """Answer the next request, if it has arrived and the peer reads its answers."""
-        if self._app._stopping and not (self.task or self._begun):
-            self._end()
-        if self.task or self._behind or self._ended:
-            return
-        self.transport.resume_reading()
-        try:
-            found = next(self._requests)
-        except HTTPError as error:
-            self._refuse(error)
-            return
-        if isinstance(found, Request):
-            found.address = self._address
-            self._begun, self.deadline = False, math.inf
-            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
-            self.task = None if task.done() else task
-        elif self._half_closed:
-            self._end()
-        elif found is not None:
-            self.transport.write(found)
-            if not self._begun:
-                self._begun = True
-                self._wait(self._app.config.handshake_timeout, len(self._buffer))
-
-    async def _answer(self, request: Request) -> None:
-        """Send the answer, or become a WebSocket."""
-        answer = await self._app._answer(request)
-        self.task = None
-        upgraded = isinstance(answer, ChannelClient)
-        if self._ended or upgraded and self._half_closed:
-            self._app._http.discard(self)  # the peer is gone
-            self.transport.abort()
-        elif upgraded and (self._app._stopping
-                           or len(self._app._sockets) >= self._app.config.max_clients):
-            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-        elif isinstance(answer, ChannelClient):
-            self._ended = True  # as an HTTP connection: a work() that is still due does nothing
-            self._app._http.discard(self)
-            answer._attach(self._writer)
-            answer.data_received(bytes(self._buffer))  # it arrived behind the request
-        else:
-            self._ended = (request.http_1_0 or self._app._stopping
-                           or "close" in request.members("connection"))  # RFC 9112, 9.3
-            self._wait(self._app.config.keep_alive_timeout, len(answer.body))
-            self.transport.write(answer.encode(request.method == "HEAD", self._ended))
-            if self._ended:
-                self.transport.close()
-            elif self._buffer or self._half_closed:
-                self._app._soon(self.work)  # not now: others have their turn
-
-    def _refuse(self, error: HTTPError) -> None:
-        logger.warning("refused %s: %s", self._address, error)
-        self._begun, self._ended = False, True
-        self._wait(_LINGER)
-        self.transport.write(error.response.encode(close=True))
-        if not half_close(self.transport):
-            self.transport.close()
-
-    def _end(self) -> None:
-        self._ended = True
-        self.transport.close()
-
-    def expire(self) -> None:
-        """Called by the sweep when the deadline is over."""
-        if self._behind or self._ended:
-            self.transport.abort()
-        elif self._begun:
-            self._refuse(HTTPError(408))
-        else:
-            self._end()
 
 
 class WebChannels:
@@ -1451,10 +1637,13 @@ class WebChannels:
         self._local_only = False
         self._listening: Sequence[Any] = ()
         self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
+        self._ssl: ssl_module.SSLContext | None = None
         self._http: set[HTTPConnection] = set()
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
+        self._line: collections.deque[Connection] = collections.deque()  # these wait for a turn
+        self._moving = False  # someone has a turn, or will have one
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
         self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
@@ -1676,9 +1865,46 @@ class WebChannels:
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
         for endpoint in list(self._on_disconnect.values()):
-            task = asyncio.ensure_future(notify(endpoint))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._track(asyncio.ensure_future(notify(endpoint)))
+
+    def _track(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cancel(self, task: asyncio.Future[Any]) -> None:
+        """Cancel what nobody waits for any more; down() still does."""
+        self._track(task)
+        task.cancel()
+
+    # Turns: what takes long is done bit by bit, so that nobody waits for long.
+
+    def _take_turn(self) -> bool:
+        """May one do something large now? The first in a turn of the loop may, if nobody waits."""
+        free = not self._moving
+        if free:
+            self._moving = True
+            self._soon(self._next_turns)
+        return free
+
+    def _line_up(self, connection: Connection) -> None:
+        """It goes on when it is its turn."""
+        if not connection._in_line:
+            connection._in_line = True
+            self._line.append(connection)
+            self._take_turn()
+
+    def _next_turns(self) -> None:
+        """Those at the head of the line go on; then the loop does other things, too."""
+        ends = time.monotonic() + _TURN
+        for _ in range(len(self._line)):
+            connection = self._line.popleft()
+            connection._in_line = False
+            connection._work(my_turn=True)
+            if time.monotonic() > ends:
+                break
+        self._moving = False
+        if self._line:
+            self._take_turn()
 
     # Calling handlers.
 
@@ -1761,7 +1987,8 @@ class WebChannels:
         else:
             HTTPConnection(self, writer)  # it needs no streams: they would cost half of the speed
 
-    async def _answer(self, request: Request) -> Response | ChannelClient:
+    async def _answer(self, request: Request,
+                      connection: HTTPConnection) -> Response | ChannelClient:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
@@ -1775,7 +2002,8 @@ class WebChannels:
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            if self._stopping and isinstance(error, asyncio.CancelledError):
+            gone = self._stopping or connection._done
+            if gone and isinstance(error, asyncio.CancelledError):
                 raise
             logger.exception("%r failed", request)
             return HTTPError(500).response
@@ -1941,16 +2169,14 @@ class WebChannels:
         where: dict[str, Any] = {"sock": sock} if sock else {
             "host": host, "port": port, "reuse_port": reuse_port}
         try:
-            server = await asyncio.start_server(
-                self._accept, backlog=1024, ssl=ssl,
-                ssl_handshake_timeout=self.config.handshake_timeout if ssl else None, **where)
+            server = await asyncio.start_server(self._accept, backlog=1024, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
             raise OSError(error.errno, hint) from None
-        self._listening = server.sockets
+        self._listening, self._ssl = server.sockets, ssl
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
         address, self.port = names[0][:2] if isinstance(names[0], tuple) else (names[0], 0)
@@ -1976,22 +2202,21 @@ class WebChannels:
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
-        for connection in list(self._http):
-            connection.work()
-        for client in list(self._sockets):
-            client._shut()
+        for connection in (*self._http, *self._sockets):
+            connection._shut()
         end = time.monotonic() + self.config.shutdown_timeout
         while (self._http or self._sockets or self._tasks) and time.monotonic() < end:
             await asyncio.sleep(0.01)
-        tasks: list[Any] = [*self._tasks, *[each.task for each in self._http if each.task],
-                            *[each._task for each in self._sockets if each._task]]
+        handlers = [each._task for each in (*self._http, *self._sockets)]
+        tasks: list[Any] = [*self._tasks, *filter(None, handlers)]
         if tasks:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
             client._close(1001, "server going down")  # also behind a handler that does not end
             client._abort("the server goes down")
         for connection in list(self._http):
-            connection.transport.abort()
+            if connection._transport:
+                connection._transport.abort()
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
@@ -2003,15 +2228,16 @@ class WebChannels:
             settings = self.config
             times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
                      settings.ping_interval or 4, settings.disconnected_ttl, 4)
-            await asyncio.sleep(max(min(times) / 4, 0.02))
+            pause = max(min(times) / 4, 0.02)
+            await asyncio.sleep(pause)
             now = time.monotonic()
-            for client in list(self._sockets):
-                client._check(now, settings)
-            for connection in list(self._http):
-                if now >= connection.deadline:
-                    connection.expire()
+            for connection in (*self._http, *self._sockets):
+                connection._check(now, pause)
             self._left_at = {client: left for client, left in self._left_at.items()
                              if now - left < settings.disconnected_ttl}
+            for client, left in self._left_at.items():
+                if client not in self._sockets and now - left > settings.abandoned_timeout:
+                    client._let_go()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
