@@ -1251,6 +1251,7 @@ class HttpTest(ServerTest):
         app.route("/cookies", lambda request: request.cookies)
         app.route("/much", self.much)
         app.route("/later", self.later)
+        app.route("/cancel", self.cancel)
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
@@ -1269,6 +1270,9 @@ class HttpTest(ServerTest):
         self.times += 1
         return bytes(20_000_000)  # more than any buffer between
 
+    async def cancel(self) -> None:
+        raise asyncio.CancelledError
+
     async def later(self) -> None:
         asyncio.get_running_loop().call_soon(lambda: 1 / 0)
 
@@ -1284,6 +1288,7 @@ class HttpTest(ServerTest):
                 ("/list", 200, "application/json", b"[1]"), ("/none", 204, None, b""),
                 ("/wrong", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/boom", 500, "text/plain; charset=utf-8", b"Internal server error"),
+                ("/cancel", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/bad-error", 500, None, b"Internal server error"),
                 ("/bad-status", 500, None, b"Internal server error"),
                 ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
@@ -1480,6 +1485,7 @@ class HttpTest(ServerTest):
         (200, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (200, b"GET http://localhost/ HTTP/1.1\r\nHost: other.example\r\n\r\n"),
         (200, b"GET / HTTP/1.0\r\n\r\n"),
+        (200, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1960 + b"\r\n\r\n"),
         (200, b"GET / HTTP/1.1\r\nhost:localhost:80  \r\nX-Empty:\r\n\r\n"),
         (400, b"GET / HTTP/1.1\r\n\r\n"),
         (400, b"GET http://localhost/ HTTP/1.1\r\n\r\n"),
@@ -1526,6 +1532,10 @@ class HttpTest(ServerTest):
     BODIES: list[tuple[int, bytes]] = [
         (200, b"Content-Length: 3\r\n\r\nabc"),
         (200, b"Content-Length: 003\r\n\r\nabc"),
+        (200, b"Content-Length: 1000\r\n\r\n" + b"a" * 1000),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n3e8\r\n" + b"a" * 1000 + b"\r\n0\r\n\r\n"),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n" + 2 * (b"1F4\r\n" + b"a" * 500 + b"\r\n")
+         + b"0\r\n\r\n"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3 ; x\r\nabc\r\n000\r\nA: b\r\n\r\n"),
         (400, b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
@@ -1562,6 +1572,7 @@ class HttpTest(ServerTest):
         (431, b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"A: b\r\n" * 500),
         (413, b"Transfer-Encoding: chunked\r\n\r\n3E9\r\n"),
         (413, b"Transfer-Encoding: chunked\r\n\r\nFFFFFFFF\r\n"),
+        (413, b"Transfer-Encoding: chunked\r\n\r\n3E8\r\n" + b"a" * 1000 + b"\r\n1\r\n"),
         (413, b"Transfer-Encoding: chunked\r\n\r\n200\r\n" + b"a" * 512 + b"\r\n200\r\n"),
     ]
 
@@ -2370,9 +2381,39 @@ class MessagesTest(ServerTest):
         with self.assertRaises(Closed):  # and no reply behind it (RFC 6455, 5.5.1)
             client.recv()
         self.assertEqual(client.rest(), b"")
-        for code, reason in ((1005, ""), (1006, ""), (999, ""), (5000, ""), (1000, "x" * 124)):
+        for code, reason in ((1005, ""), (1006, ""), (999, ""), (5000, ""), (1000, "x" * 124),
+                             (1000, "\u20ac" * 42)):
             with self.assertRaises(ValueError):
                 there.close(code, reason)
+        client = self.connect()
+        there = self.until(self.app.connected_clients)[0]
+        there.close(1000, "\u20ac" * 41)  # 123 bytes
+        self.assertEqual(client.recv_close(), (1000, "\u20ac" * 41))
+
+    def test_the_channel_of_what_a_handler_sends(self) -> None:
+        def tell(client: ChannelClient) -> None:
+            for each in self.app.connected_clients():
+                each.send("here", client is each)
+            client.send("there", channel="other")
+
+        async def later(client: ChannelClient) -> None:
+            await asyncio.sleep(0)
+            tell(client)
+
+        self.app.channel("/room/now", tell)
+        self.app.channel("/room/later", later)
+        self.app.channel("/room/thread", lambda client: tell(client), threaded=True)
+        self.app.channel("/", tell)
+        self.app.config.default_channel = "default"
+        client, other = (self.connect(subprotocol="webchannels.v1") for _ in range(2))
+        for name, channel in (("now", "room"), ("later", "room"), ("thread", "room"),
+                              ("", "default")):
+            client.send_text(json.dumps({"channel": "room", "message": name}) if name else "raw")
+            self.assertEqual([client.recv_json(), client.recv_json()], [
+                {"channel": channel, "message": "here", "payload": True},
+                {"channel": "other", "message": "there"}])
+            self.assertEqual(other.recv_json(),  # it sent no message: the default one
+                             {"channel": "default", "message": "here", "payload": False})
 
     def test_what_arrives_behind_the_servers_close_is_not_handled(self) -> None:
         handled: list[Any] = []
@@ -2454,6 +2495,27 @@ class RegistryTest(ServerTest):
         self.assertEqual(self.app.connected_clients(), [])
         client.close()
         self.assertEqual(self.left, [])
+
+    def test_exactly_as_much_as_may_be_sent(self) -> None:
+        most = self.app.config.max_send_buffer = 10_000
+        head = len('{"channel":"____","message":""}')
+        client = self.subscribed()
+        self.assertTrue(self.app.broadcast("____", "x" * (most - head)))
+        self.assertEqual(len(client.recv_text()), most)
+        for more, reply in ((0, "x" * (most - 22)), (1, None)):
+            client.send_json({"channel": "____", "message": "echo", "ref": 7,
+                              "payload": "x" * (most - 22 + more)})
+            answer = client.recv_json()
+            self.assertEqual(answer.get("payload"), reply)
+            self.assertEqual(answer.get("error"), "ERROR : 500 - Internal error" if more else None)
+        sizes: list[int] = []
+        self.app.on_connect(lambda client: [client.send(bytes(size)) for size in sizes])
+        for sizes[:] in ([4996, 4996], [4996, 4997]):  # and 4 bytes each for a frame's head
+            client = self.connect()
+            if sum(sizes) + 8 <= most:
+                self.assertEqual([len(client.recv()[1]) for _ in sizes], sizes)
+            else:
+                self.assertEqual(client.recv_close(), (1013, "too slow"))
 
     def test_max_clients_while_on_connect_is_awaited(self) -> None:
         waiting: list[asyncio.Future[None]] = []
