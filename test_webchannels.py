@@ -22,6 +22,7 @@ import os
 import pty
 import re
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -2907,6 +2908,38 @@ class UpAndDownTest(unittest.TestCase):
                 thread.join(10)
                 self.assertFalse(thread.is_alive())
 
+    def test_down_returns_at_once_where_nothing_runs(self) -> None:
+        """Also where clients came and went, and `on_disconnect` ran for them."""
+        app = self.app(shutdown_timeout=2)
+        left = threading.Event()
+
+        @app.on_disconnect
+        async def leave() -> None:
+            await asyncio.sleep(0)
+            left.set()
+
+        def quick() -> float:
+            with serve(app) as url:
+                WebSocketClient(url).close()
+                self.assertEqual(request("GET", url).status, 200)
+                self.assertTrue(left.wait(10))
+                begun = time.monotonic()
+            return time.monotonic() - begun
+        self.assertLess(min(quick() for _ in range(3)), 0.4)  # a busy machine is slow now and then
+
+    def test_down_waits_for_who_is_told_that_a_client_left(self) -> None:
+        app, entered, told = self.app(shutdown_timeout=60), threading.Event(), []
+
+        @app.on_disconnect
+        async def leave() -> None:
+            entered.set()
+            await asyncio.sleep(0.2)
+            told.append("left")
+        with serve(app) as url:
+            WebSocketClient(url).close()
+            self.assertTrue(entered.wait(10))
+        self.assertEqual(told, ["left"])
+
     def test_down_does_not_wait_for_ever(self) -> None:
         app = self.app()
         app.config.shutdown_timeout = 0.2
@@ -3041,6 +3074,29 @@ class UpAndDownTest(unittest.TestCase):
 
         self.assertEqual(asyncio.run(main()), b"page")
 
+    def test_an_idle_server_sleeps(self) -> None:
+        """Also with a setting of 0, which means never."""
+        waits: list[float] = []
+
+        class Selector(selectors.DefaultSelector):
+            def select(self, timeout: float | None = None) -> Any:
+                waits.append(timeout or 0)
+                return super().select(timeout)
+
+        for settings in (Config(), Config(ping_interval=0)):
+            app = WebChannels(settings)
+            loop = asyncio.SelectorEventLoop(Selector())
+            thread = threading.Thread(target=loop.run_until_complete, args=(app.serve(0),))
+            thread.start()
+            end = time.monotonic() + 10
+            while time.monotonic() < end and not (app.url and max(waits) > 0.5):
+                time.sleep(0.01)
+            app.down()
+            thread.join()
+            loop.close()
+            self.assertGreater(max(waits), 0.5)
+            waits.clear()
+
     def test_up_blocks_also_in_another_thread_until_down(self) -> None:
         app, said = self.app(), io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -3093,6 +3149,21 @@ def stuck():
                 terminal.process.send_signal(number)
                 self.assertEqual(client.recv_close(), (1001, "server going down"))
             self.assertEqual(terminal.end(), (0, "after\n"))  # no traceback
+
+    def test_the_programs_own_signal_handler_is_back_after_it_blocked(self) -> None:
+        terminal = self.script("""
+import signal
+signal.signal(signal.SIGTERM, lambda *given: print("mine"))
+for _ in range(2):
+    up(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+print("after")
+""")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")
+            terminal.process.send_signal(number)
+            terminal.expect("mine\n")
+        self.assertEqual(terminal.end(), (0, "after\n"))
 
     def test_ctrl_c_twice_ends_a_handler_that_never_does(self) -> None:
         terminal = self.script("up(0)\nprint('after')")
@@ -3500,6 +3571,29 @@ sys.stdin.read()
         self.assertEqual([client.recv_text() for _ in range(100)], [*map(str, range(100))])
         self.assertEqual(len(writes), 1)
 
+    def test_a_lone_broadcast_goes_at_once(self) -> None:
+        self.patient(60)  # until a PING, with which it would go at last
+        (one, _), (_, second) = self.serving(), self.serving()
+        there = self.client(second, "a")
+        for _ in range(2):
+            one.broadcast("a", "alone")
+            self.assertEqual(there.recv_text(), "alone")
+
+    def test_a_burst_of_more_than_is_held_is_written_meanwhile(self) -> None:
+        one, _ = self.serving(max_send_buffer=1 << 16)
+        there, count = self.client(self.serving()[1], "a"), 60
+
+        @one.channel("/____/burst")
+        def burst() -> None:
+            for number in range(count):  # of over 8 * max_send_buffer bytes
+                one.broadcast("a", "number", [number, "x" * 10_000])
+
+        with WebSocketClient(one.url) as client:
+            client.send_json({"channel": "____", "message": "burst"})
+            self.assertEqual([there.recv_json()["payload"][0] for _ in range(count)],
+                             [*range(count)])
+        self.assertEqual(self.log.lines, [])
+
     def once_and_in_order(self, count: int, each: int) -> None:
         """Each of `count` processes broadcasts the numbers below `each`, all at the same time."""
         urls = [self.child(str(number))[1] for number in range(count)]
@@ -3644,6 +3738,26 @@ sys.stdin.read()
         self.redis.process.send_signal(signal.SIGCONT)
         self.assertEqual(there.recv_text(), "meanwhile")
         self.assertEqual(self.log.count("lost Redis"), 2)
+
+    def test_a_redis_that_lags_gets_what_was_held_when_it_reads_again(self) -> None:
+        self.patient(60)  # until a PING, with which it would go at last
+        (one, _), (_, second) = (self.serving(max_send_buffer=1 << 24) for _ in range(2))
+        there, count = self.client(second, "a"), 150
+        self.redis.process.send_signal(signal.SIGSTOP)
+        for _ in range(count):  # 15 MB: more than any buffer between
+            one.broadcast("a", "x" * 100_000)
+        self.redis.process.send_signal(signal.SIGCONT)
+        for _ in range(count):
+            self.assertEqual(len(there.recv_text()), 100_000)
+        self.assertEqual(self.log.lines, [])
+
+    def test_down_returns_at_once(self) -> None:
+        def quick() -> float:
+            with serve(self.new_app()) as url:
+                self.client(url, "a").close()
+                begun = time.monotonic()
+            return time.monotonic() - begun
+        self.assertLess(min(quick() for _ in range(3)), 0.4)  # a busy machine is slow now and then
 
     def test_a_quiet_redis_is_not_lost(self) -> None:
         self.patient(0.02)
@@ -4455,6 +4569,18 @@ class ReadmeTest(BrowserTest):
             else:
                 path = re.sub(r"^\.\./\.\./actions/(.*\.yml)(/badge\.svg)?$", r".github/\1", link)
                 self.assertTrue((HERE / path).is_file(), link)
+
+    def test_the_defaults_of_config(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        table = text.partition("\n### Config\n")[2].partition("\n#")[0]
+        told: dict[str, Any] = {}
+        for names, values in re.findall(r"(?m)^\| (`.*?`) \| (.*?) \|", table):
+            for name, value in zip(names.split(", "), values.split(", ")):
+                number, _, unit = value.strip("`").replace(",", "").partition(" ")
+                default = ast.literal_eval(number)
+                told[name.strip("`")] = default * {"KiB": 1024, "MiB": 1024 ** 2}[unit] \
+                    if unit else default
+        self.assertEqual(told, vars(Config()))
 
     def test_the_commands(self) -> None:
         self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
