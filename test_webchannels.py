@@ -3290,6 +3290,18 @@ print("down")
             if not name.startswith("_"):
                 self.assertIn(name, webchannels.__all__)
 
+    def test_the_defaults_of_config(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        table = text.partition("\n### Config\n")[2].partition("\n#")[0]
+        told: dict[str, Any] = {}
+        for names, values in re.findall(r"(?m)^\| (`.*?`) \| (.*?) \|", table):
+            for name, value in zip(names.split(", "), values.split(", ")):
+                number, _, unit = value.strip("`").replace(",", "").partition(" ")
+                default = ast.literal_eval(number)
+                told[name.strip("`")] = default * {"KiB": 1024, "MiB": 1024 ** 2}[unit] \
+                    if unit else default
+        self.assertEqual(told, vars(Config()))
+
 
 class DemoTest(unittest.TestCase):
     """`python3 webchannels.py`."""
@@ -4569,18 +4581,6 @@ class ReadmeTest(BrowserTest):
             else:
                 path = re.sub(r"^\.\./\.\./actions/(.*\.yml)(/badge\.svg)?$", r".github/\1", link)
                 self.assertTrue((HERE / path).is_file(), link)
-
-    def test_the_defaults_of_config(self) -> None:
-        text = (HERE / "README.md").read_text(encoding="utf-8")
-        table = text.partition("\n### Config\n")[2].partition("\n#")[0]
-        told: dict[str, Any] = {}
-        for names, values in re.findall(r"(?m)^\| (`.*?`) \| (.*?) \|", table):
-            for name, value in zip(names.split(", "), values.split(", ")):
-                number, _, unit = value.strip("`").replace(",", "").partition(" ")
-                default = ast.literal_eval(number)
-                told[name.strip("`")] = default * {"KiB": 1024, "MiB": 1024 ** 2}[unit] \
-                    if unit else default
-        self.assertEqual(told, vars(Config()))
 
     def test_the_commands(self) -> None:
         self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
