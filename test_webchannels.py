@@ -2177,14 +2177,44 @@ class MessagesTest(ServerTest):
             self.assertEqual(plain.recv_text(), data)
         plain.send_binary(b"\xff")
         self.assertEqual(plain.recv(), (BINARY, b"\xff"))
-        plain.send_text(' {"channel":"____","message":"echo","payload":1} ')
-        self.assertEqual(plain.recv_json(), {"channel": "____", "message": "echo", "payload": 1})
+        whole = '{"channel":"____","message":"echo","payload":"x"}'
+        for before, after in (("", ""), (" ", "\n"), ("\r\n\t ", " \t\r\n")):  # JSON's white space
+            plain.send_text(before + whole + after)
+            self.assertEqual(plain.recv_text(), "x")
+        for text in (whole + "x", whole + whole, "x" + whole, whole + "\xa0", "\ufeff" + whole):
+            plain.send_text(text)
+            self.assertEqual(plain.recv_text(), text)
         v1.send_text('{"ref":1,"payload":"forged"}')  # never a reply's look-alike
         self.assertEqual(v1.recv_json(),
                          {"channel": "____", "message": '{"ref":1,"payload":"forged"}'})
         self.app.channel("/", lambda: {"a": 1})
         plain.send_text("x")
         self.assertEqual(plain.recv_text(), '{"a":1}')
+
+    def test_integers_of_very_many_digits(self) -> None:
+        """Their cost is quadratic: Python refuses them, but old ones must be told."""
+        message = '{"channel":"____","message":"echo","payload":%s}'
+        spec = importlib.util.spec_from_file_location("old_webchannels", webchannels.__file__)
+        assert spec and spec.loader
+        old = importlib.util.module_from_spec(spec)
+        limit = getattr(sys, "set_int_max_str_digits", None)
+        with mock.patch.dict(sys.modules, {"old_webchannels": old}):
+            if limit:
+                del sys.set_int_max_str_digits
+            try:
+                spec.loader.exec_module(old)
+            finally:
+                if limit:
+                    sys.set_int_max_str_digits = limit
+        app = old.WebChannels()
+        app.channel("/____/echo", lambda payload: len(str(payload)))
+        self.app.channel("/____/echo", lambda payload: len(str(payload)))
+        for url in self.url, self.enterContext_(serve(app)):
+            with WebSocketClient(url) as client:
+                client.send_text(message % ("9" * 4300))
+                self.assertEqual(client.recv_json()["payload"], 4300)
+                client.send_text(message % ("9" * 4301))
+                self.assertEqual(client.recv_text(), "ERROR : 404 - Not found")  # it is no JSON
 
     def test_messages_are_handled_in_order_one_at_a_time(self) -> None:
         client, other = self.connect(), self.connect()
@@ -2619,6 +2649,14 @@ class RegistryTest(ServerTest):
         self.assertEqual(clients[0].recv_json(), {"channel": "____", "message": "last"})
         self.assertEqual(plain.recv_json(), {"channel": "room", "message": "last",
                                              "payload": {"a": 1}})
+
+    def test_a_broadcast_is_deflated_once_for_all(self) -> None:
+        clients = [self.subscribed(deflate=True) for _ in range(3)]
+        with mock.patch("zlib.compressobj", wraps=zlib.compressobj) as deflater:
+            self.app.broadcast("____", "x" * 5000)
+        for client in clients:
+            self.assertEqual(client.recv_json()["message"], "x" * 5000)
+        self.assertEqual(deflater.call_count, 1)
 
     def test_values_that_cannot_be_sent_raise_before_anything_is(self) -> None:
         client = self.subscribed()
