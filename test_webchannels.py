@@ -2197,19 +2197,20 @@ class MessagesTest(ServerTest):
         spec = importlib.util.spec_from_file_location("old_webchannels", webchannels.__file__)
         assert spec and spec.loader
         old = importlib.util.module_from_spec(spec)
-        limit = getattr(sys, "set_int_max_str_digits", None)
-        with mock.patch.dict(sys.modules, {"old_webchannels": old}):
-            if limit:
-                del sys.set_int_max_str_digits
-            try:
+        limit = vars(sys).pop("set_int_max_str_digits", None)
+        try:
+            with mock.patch.dict(sys.modules, {"old_webchannels": old}):
                 spec.loader.exec_module(old)
-            finally:
-                if limit:
-                    sys.set_int_max_str_digits = limit
+        finally:
+            if limit:
+                sys.set_int_max_str_digits = limit
+                self.addCleanup(limit, sys.get_int_max_str_digits())
         app = old.WebChannels()
         app.channel("/____/echo", lambda payload: len(str(payload)))
         self.app.channel("/____/echo", lambda payload: len(str(payload)))
-        for url in self.url, self.enterContext_(serve(app)):
+        for url, digits in (self.url, 4300), (self.enterContext_(serve(app)), 0):
+            if limit:
+                limit(digits)
             with WebSocketClient(url) as client:
                 client.send_text(message % ("9" * 4300))
                 self.assertEqual(client.recv_json()["payload"], 4300)
