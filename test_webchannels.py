@@ -1312,6 +1312,7 @@ class HttpTest(ServerTest):
                                  None if status == 204 else str(len(reply.body)))
                 self.assertNotIn(b"Traceback", reply.body)
                 self.assertNotIn("server", reply.headers)
+                self.assertRegex(reply.headers["date"], " GMT$")  # RFC 9110, 5.6.7
                 self.assertLess(abs(email.utils.parsedate_to_datetime(
                     reply.headers["date"]).timestamp() - time.time()), 5)
         self.assertIn("webchannels", request("GET", self.url + "/thread").body.decode())
@@ -1322,6 +1323,7 @@ class HttpTest(ServerTest):
         self.assertEqual(request("GET", self.url + "/cookies",
                                  {"Cookie": "a=1; odd[]=x=y; b=\"2\"; nothing; ="}).body,
                          b'{"a":"1","odd[]":"x=y","b":"2","nothing":""}')
+        self.assertEqual(request("GET", self.url + "/cookies").body, b"{}")
         with self.assertRaises(AttributeError):  # they were checked
             Response().headers.append(("X", "a\r\nb"))  # type: ignore[attr-defined]
 
@@ -1329,6 +1331,38 @@ class HttpTest(ServerTest):
         for name in ("connection", "Content-Length", "DATE", "Transfer-Encoding"):
             with self.assertRaisesRegex(ValueError, "that the server sets"):
                 Response("", headers={name: "1"})
+
+    def test_what_a_response_says_of_its_body(self) -> None:
+        for response, body, kind in (
+                (Response(), b"", None), (Response(status=201), b"", None),
+                (Response("x", headers={"content-TYPE": "text/x"}), b"x", "text/x"),
+                (Response("", content_type="text/x"), b"", None),
+                (Response(bytearray(b"x")), b"x", "application/octet-stream"),
+                (Response(memoryview(b"x"), content_type="a/b"), b"x", "a/b"),
+                (Response({"a": {1}}, json_default=list), b'{"a":[1]}', "application/json"),
+                (Response(None), b"null", "application/json")):
+            self.app.route("/", lambda response=response: response)
+            reply = request("GET", self.url)
+            self.assertEqual((reply.body, reply.headers.get("content-type")), (body, kind))
+        for status in 204, 304:  # these have none: RFC 9110, 6.4.1
+            self.app.route("/", lambda status=status: Response("x", status))
+            with Connection(self.url) as connection:
+                connection.send_raw(b"GET / HTTP/1.1\r\nHost: a.localhost\r\n\r\n"
+                                    b"GET /list HTTP/1.1\r\nHost: a.localhost\r\n\r\n")
+                self.assertNotIn("content-length", connection.response().headers)
+                self.assertEqual(connection.response().body, b"[1]")
+        self.assertNotIn(b"Connection:", Response("x").encode())
+        self.assertEqual(Response("x").encode()[-5:], b"\r\n\r\nx")
+
+    def test_targets(self) -> None:
+        self.app.route("/a", lambda request: [request.target, request.path, request.query])
+        self.app.route("/", lambda request: [request.target, request.path, request.query])
+        for target, found in (
+                ("/a?b=c?d", ["/a?b=c?d", "/a", "b=c?d"]), ("/a?", ["/a?", "/a", ""]),
+                ("http://localhost/a?b=/c", ["/a?b=/c", "/a", "b=/c"]),
+                ("https://localhost:1/a", ["/a", "/a", ""]), ("http://localhost", ["/", "/", ""])):
+            reply = self.raw(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            self.assertEqual(json.loads(reply.body), found)
 
     def test_past_max_clients_503_is_answered(self) -> None:
         self.app.config.max_clients = 2
@@ -1449,7 +1483,11 @@ class HttpTest(ServerTest):
                 body = b"[" * 200_000
             reply = request("POST", self.url + "/data", {"Content-Type": kind}, body)
             self.assertEqual(reply.status, 400, body[:20])
-        self.app.config.max_body_size = 1000
+        self.app.config.max_body_size = 10_000
+        for count, status in ((1000, 200), (1001, 400)):
+            reply = request("POST", self.url + "/data", {
+                "Content-Type": "application/x-www-form-urlencoded"}, b"&".join([b"a=1"] * count))
+            self.assertEqual(reply.status, status)
 
     def test_chunked_and_continue_and_pipelining(self) -> None:
         with Connection(self.url) as connection:
