@@ -2088,6 +2088,88 @@ class WhoMayComeInTest(ServerTest):
         self.connect()
 
 
+class LogTest(ServerTest):
+    """What a peer can make the log say."""
+
+    def configure(self, app: WebChannels) -> None:
+        app.config.shutdown_timeout = 0.1
+
+    EVIL = "a\r\nERROR:root:forged\x1b[2J\u2028\u202e\ud800"
+
+    def setUp(self) -> None:
+        super().setUp()
+        logger = logging.getLogger("webchannels")
+        logger.setLevel(logging.INFO)
+        self.file = io.TextIOWrapper(io.BytesIO(), "utf-8", newline="")
+        handler = logging.StreamHandler(self.file)
+        handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
+        self.enterContext_(mock.patch.object(logger, "propagate", False))
+        self.complaints = self.enterContext_(mock.patch.object(sys, "stderr", io.StringIO()))
+
+    def said(self) -> list[str]:
+        """The lines of the log, which are harmless."""
+        self.assertEqual(self.complaints.getvalue(), "")  # a record was lost
+        self.file.seek(0)
+        text = self.file.read()
+        self.assertTrue(text.replace("\n", "").isprintable(), text)
+        self.assertLess(max(map(len, text.split("\n"))), 700)
+        return text.splitlines()
+
+    def test_what_is_unknown_is_told_once_then_counted(self) -> None:
+        client = self.subscribed()
+        for number in range(50):
+            client.send_json({"channel": "____", "message": self.EVIL + "x" * 100 * number})
+            self.assertIn("404", client.recv_json()["error"])
+        self.app.down()
+        lines = [line for line in self.said() if "404" in line]
+        self.assertEqual(len(lines), 2, lines)
+        self.assertRegex(lines[0], r"^INFO <ChannelClient .*/____/a\\r\\nERROR:root:forged\\x1b\[2J"
+                                   r"\\u2028\\u202e\\ud800: ERROR : 404 - Not found$")
+        self.assertEqual(lines[1], f"INFO 49 more like this: {lines[0][5:]}")
+
+    def test_each_failure_is_told_once_then_counted(self) -> None:
+        def one(payload: Any) -> None:
+            raise ValueError(payload)
+
+        def two(payload: Any) -> None:
+            raise ValueError(payload)
+
+        self.app.channel("/____/one", one)
+        self.app.channel("/____/two", two)
+        client = self.connect()
+        for _ in range(20):
+            for name in ("one", "two"):
+                client.send_json({"channel": "____", "message": name,
+                                  "payload": f"{self.EVIL}\n" * 100 + "x" * 5000})
+                self.assertIn("500", client.recv_text())
+        self.app.down()
+        lines = self.said()
+        for name in ("one", "two"):
+            self.assertEqual(
+                [line for line in lines if f"/{name} failed" in line],
+                [f"ERROR the handler of /____/{name} failed",
+                 f"ERROR 19 more like this: the handler of /____/{name} failed"])
+        self.assertIn("  Traceback (most recent call last):", lines)
+        self.assertFalse([line for line in lines if line[:6] not in ("ERROR ", "INFO <")
+                          and line[:2] != "  "], lines)
+        self.assertLess(len(lines), 250)
+
+    def test_who_is_refused_is_told_again_after_a_while(self) -> None:
+        self.app.config.handshake_timeout = 0.1  # how often the sweep looks
+        with mock.patch.object(webchannels, "_TELL_AGAIN", 0.2):
+            for number in range(1, 3):
+                for _ in range(10):
+                    self.assertEqual(self.raw(b"G@T / HTTP/1.1\r\n\r\n").status, 400)
+                self.until(lambda number=number: "".join(  # type: ignore[misc]
+                    self.said()).count("more like this") >= number)
+        refused = [line for line in self.said() if "refused 127.0.0.1" in line]
+        self.assertEqual(sum(int(line.split()[1]) if "more" in line else 1 for line in refused),
+                         20)
+        self.assertLess(len(refused), 10)
+
+
 class MessagesTest(ServerTest):
     def configure(self, app: WebChannels) -> None:
         self.entered, self.release = threading.Event(), threading.Event()
@@ -3382,8 +3464,8 @@ print("down")
         # It goes down while accepting pauses; and that has an end, for which the handler waits.
         client.send_json({"channel": "____", "message": "slow"})
         terminal.type("\n")
-        said = terminal.expect("(?s)(.*)down\n")[1]
-        self.assertEqual(said.strip(), "")  # the log told it once, and no traceback
+        said = terminal.expect("(?s)(.*)down\n")[1]  # the log told it once, and no traceback
+        self.assertRegex(said, r"^\n*(\d+ more like this: Too many open files: .*\n)?\n*$")
         self.assertEqual(terminal.end(), (0, ""))
         for connection in opened:
             connection.close()
@@ -4046,9 +4128,11 @@ sys.stdin.read()
                      sender + "[1,[],null]\n" + "x" * 3000):
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
         self.redis.ask("PUBLISH", "webchannels/0/a", f'"{sender}[1,[],null]\\n\\xff"')
-        self.until(lambda: self.log.count("not a broadcast of ours") == 8)
         app.broadcast("a", "fine")
         self.assertEqual(client.recv_text(), "fine")
+        self.until(lambda: self.log.count("not a broadcast of ours"))
+        app.down()
+        self.assertEqual(self.log.count("7 more like this: not a broadcast of ours"), 1)
 
     # Other engines.
 

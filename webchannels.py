@@ -18,7 +18,7 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 `connected_clients()` lists who is there. Handlers are `def` or `async def`; they take nothing and
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
-The rooms of this file, in the order in which data flows: config, router, messages, http,
+The rooms of this file, in the order in which data flows: config, log, router, messages, http,
 websocket, connections, bus, app, default app, channels.js, demo.
 """
 
@@ -54,6 +54,7 @@ import ssl as ssl_module
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import weakref
 import webbrowser
@@ -70,7 +71,6 @@ __all__ = [
     "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
-logger = logging.getLogger("webchannels")
 H = TypeVar("H", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------- config
@@ -112,6 +112,72 @@ class Config:
     # processes with this Redis (6 or later) and this name or number; see RedisBus.
     redis_url: str | None = field(default=None, repr=False)
     bus: Bus | None = None  # what carries broadcasts in place of Redis
+
+
+# ---------------------------------------------------------------------------------------- log
+
+
+_TELL_AGAIN = 10.0  # seconds
+
+
+def printable(text: str, size: int = 500) -> str:
+    """`text` without its middle if it is longer; what could forge a line is escaped."""
+    if len(text) > size:
+        text = f"{text[:size // 2]} ... {text[-size // 2:]}"
+    return "".join([each if each.isprintable() else repr(each)[1:-1] for each in text])
+
+
+class Sparing(logging.Filter):
+    """Lets a kind of line into the log once in `_TELL_AGAIN` seconds, and counts the others.
+
+    A kind is what `extra={"kind": ...}` says (None: all are told), or else the line's template, and
+    with a traceback the places that it went through. So what a peer sends must be in the arguments.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # When each kind was told last, how many were not since then, their level, and the first.
+        self._kinds: dict[Any, tuple[float, int, int, str]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "kind", record.msg)
+        if kind is not None:
+            error = record.exc_info and record.exc_info[1]
+            trace = traceback.walk_tb(error.__traceback__) if error else ()
+            places = frozenset([(frame.f_code, number) for frame, number in trace])
+            kind = str(kind), places if len(self._kinds) < 1000 else None
+            if kind in self._kinds:
+                told, kept_back, level, line = self._kinds[kind]
+                self._kinds[kind] = told, kept_back + 1, level, line
+                return False
+        text = record.getMessage()
+        line = printable(text)
+        if line != text:
+            record.msg, record.args = line, None
+        if kind is not None:
+            self._kinds[kind] = time.monotonic(), 0, record.levelno, line
+        if record.exc_info:  # logging makes a text of it only where there is none
+            lines = logging.Formatter().formatException(record.exc_info).split("\n")
+            lines = [*lines[:50], *lines[50:][-50:]]
+            record.exc_text = "\n".join([f"  {printable(each)}" for each in lines])
+        return True
+
+    def tell_counts(self, now: float = math.inf) -> None:
+        """Tell how many lines were kept back, where it is time for it; without `now`, of all."""
+        for kind, (told, kept_back, level, line) in list(self._kinds.items()):
+            if now >= told + _TELL_AGAIN:
+                if kept_back:
+                    logger.log(level, "%d more like this: %s", kept_back, line, extra=ALWAYS)
+                if kept_back and now < math.inf:
+                    self._kinds[kind] = now, 0, level, line
+                else:
+                    del self._kinds[kind]
+
+
+ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
+logger = logging.getLogger("webchannels")
+sparing = Sparing()
+logger.addFilter(sparing)
 
 
 # ------------------------------------------------------------------------------------- router
@@ -1512,7 +1578,8 @@ class RedisBus(Bus):
         if self._queue and self._ready and unsent < behind:
             self._writer.write(b"".join(self._queue))
             if self._dropped:
-                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
+                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped,
+                               extra=ALWAYS)
             self._queue.clear()
             self._held = self._dropped = 0
         if command:
@@ -1552,7 +1619,7 @@ class RedisBus(Bus):
                 self._write(b"PING")
             why = "no answer" if self._reading.cancelled() else self._reading.result()
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                           *self._where, why, self._limit)
+                           *self._where, why, self._limit, extra=ALWAYS)
             self._ready, pause = False, _RETRY / 8
             while not self._ready:
                 self._abort()
@@ -1563,7 +1630,7 @@ class RedisBus(Bus):
                     # What is held waits until the other processes are back, too.
                     await asyncio.wait([self._reading], timeout=2 * _RETRY)
                     self._ready = not self._reading.done()
-            logger.warning("Redis at %s:%d is back", *self._where)
+            logger.warning("Redis at %s:%d is back", *self._where, extra=ALWAYS)
             self._write()
 
     async def _read(self, reader: asyncio.StreamReader) -> str:
@@ -1633,7 +1700,6 @@ class WebChannels:
         self._thread = 0
         self._stop: asyncio.Event | None = None
         self._stopping = False
-        self._warned = -math.inf
         self._local_only = False
         self._listening: Sequence[Any] = ()
         self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
@@ -1921,7 +1987,8 @@ class WebChannels:
             held = time.perf_counter() - begun
             if held > _SLOW:
                 logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                               "it with threaded=True", endpoint.name, held * 1000)
+                               "it with threaded=True", endpoint.name, held * 1000,
+                               extra={"kind": endpoint.name})
             if result.__class__ is not str and inspect.isawaitable(result):
                 return asyncio.ensure_future(result)  # here, where its context is right
             return result
@@ -2151,7 +2218,7 @@ class WebChannels:
             ending.push_async_callback(self._shut_down)
             ending.callback(server.close)
             ready.set_result(self.url)
-            logger.info("serving at %s", self.url)
+            logger.info("serving at %s", self.url, extra=ALWAYS)
             await self._stop.wait()
 
     async def _finish(self) -> None:
@@ -2159,6 +2226,7 @@ class WebChannels:
             try:
                 await asyncio.sleep(0)
             finally:
+                sparing.tell_counts()
                 self._reset()
                 self._done.set()
 
@@ -2231,6 +2299,7 @@ class WebChannels:
             pause = max(min(times) / 4, 0.02)
             await asyncio.sleep(pause)
             now = time.monotonic()
+            sparing.tell_counts(now)
             for connection in (*self._http, *self._sockets):
                 connection._check(now, pause)
             self._left_at = {client: left for client, left in self._left_at.items()
@@ -2243,9 +2312,7 @@ class WebChannels:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            if time.monotonic() > self._warned + 10:
-                self._warned = time.monotonic()
-                logger.warning("%s: accepting pauses", error.strerror)
+            logger.warning("%s: accepting pauses", error.strerror)
         elif not (self._stopping and isinstance(error, ValueError)):  # it accepts, though closed
             loop.default_exception_handler(context)
 
