@@ -11,6 +11,7 @@ import base64
 import contextlib
 import email.utils
 import functools
+import gc
 import hashlib
 import html.parser
 import importlib.util
@@ -1891,6 +1892,258 @@ class TimeLimitsTest(ServerTest):
         self.connect().close()
         self.until(lambda: len(self.app.disconnected_clients()) == 1)
         self.until(lambda: not self.app.disconnected_clients())
+
+
+class BoundsTest(ServerTest):
+    """What one peer can hold: memory, places, the others' time."""
+
+    def configure(self, app: WebChannels) -> None:
+        app.config.handshake_timeout = 0.3
+        app.config.abandoned_timeout = 0.1
+        app.config.ping_interval = app.config.ping_timeout = 0.3
+        app.route("/", lambda: "index")
+        app.route("/", lambda request: str(len(request.body)), method="POST")
+        app.route("/wait", self.wait)
+        app.channel("/____/wait", self.wait)
+        app.channel("/____/echo", lambda payload: payload)
+        self.begun, self.cancelled = threading.Semaphore(0), threading.Semaphore(0)
+
+    async def wait(self) -> None:
+        self.begun.release()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            self.cancelled.release()
+
+    def held(self, action: Callable[[], Any]) -> tuple[int, int]:
+        """What more is allocated after `action`, and at its peak, in bytes."""
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            tracemalloc.reset_peak()
+            action()
+            gc.collect()
+            after, peak = tracemalloc.get_traced_memory()
+            return after - before, peak - before
+        finally:
+            tracemalloc.stop()
+
+    def test_requests_that_wait_are_not_read(self) -> None:
+        """Neither while one is answered, nor while the answers are many."""
+        ask = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 8000 + b"\r\n\r\n"
+        count, room = 2000, bytearray(65536)
+        with Connection(self.url) as connection:
+            def send() -> None:
+                for _ in range(count):
+                    connection.sock.sendall(ask)
+                connection.sock.shutdown(socket.SHUT_WR)
+
+            def flood() -> None:
+                sender = threading.Thread(target=send)
+                sender.start()
+                answers = 0
+                while got := connection.sock.recv_into(room):
+                    answers += room[:got].count(b"HTTP/1.1 200")
+                sender.join()
+                self.assertGreater(answers, count * 0.99)  # some are cut by the pieces they come in
+
+            _, peak = self.held(flood)
+        self.assertLess(peak, 2 << 20)
+        with Connection(self.url) as connection:
+            connection.send_raw(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(self.begun.acquire(timeout=10))
+
+            def push() -> None:
+                connection.sock.settimeout(0.1)
+                with contextlib.suppress(OSError):
+                    for _ in range(count):
+                        connection.sock.sendall(ask)
+
+            _, peak = self.held(push)
+        self.assertLess(peak, 2 << 20)
+
+    def test_an_idle_connection_has_let_go_of_its_request(self) -> None:
+        with Connection(self.url) as connection:
+            def post() -> None:
+                connection.send_raw(b"POST / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 15_000
+                                    + b"\r\nContent-Length: 900000\r\n\r\n" + bytes(900_000))
+                self.assertEqual(connection.response().body, b"900000")
+                request("GET", self.url)  # by now the server has done with that
+
+            post()
+            after, _ = self.held(post)
+        self.assertLess(after, 20_000)
+
+    def test_an_unfinished_message_ends_though_pings_are_answered(self) -> None:
+        client = self.connect()
+        client.send_frame(TEXT, b"x" * 2000, fin=False)
+        for _ in range(3):
+            client.send_frame(PING, b"x" * 100)
+        self.assertEqual(client.recv_close(), (1013, "message not finished in time"))
+
+    def test_a_deflated_frame_that_declares_much(self) -> None:
+        client = self.connect(deflate=True)
+        client.send_raw(frame(BINARY, length=1 << 62, rsv=4))
+        self.assertEqual(client.recv_close()[0], 1009)
+
+    def test_who_has_left_holds_next_to_nothing(self) -> None:
+        text = "\U0001f600" + "a" * 900_000
+        deflated = packed(text.encode())
+
+        def visit() -> None:
+            client = WebSocketClient(self.url, deflate=True, headers={"X": "x" * 15_000})
+            client.send_frame(TEXT, deflated, rsv=4, fin=False)
+            client.send_frame(PING)
+            self.assertEqual(client.recv()[0], PONG)
+            client.reset()
+            self.until(lambda: not self.app.connected_clients())
+
+        def visits() -> None:
+            for _ in range(10):
+                visit()
+            self.until(lambda: not any(one.request.headers
+                                       for one in self.app.disconnected_clients()))
+
+        self.app.config.max_inflation = 2000
+        visit()
+        after, _ = self.held(visits)
+        self.assertEqual(len(self.app.disconnected_clients()), 11)
+        self.assertLess(after, 10 * 4096)
+
+    def test_the_channels_of_who_has_left(self) -> None:
+        @self.app.channel("/rooms/:room/subscribe")
+        def enter(client: ChannelClient, channel: str) -> None:
+            self.app.subscribe(client, channel)
+        few, many = self.connect(), self.connect()
+        for client, count in (few, 3), (many, 100):
+            for number in range(count):
+                client.send_json({"channel": f"rooms/{number:050d}", "message": "subscribe"})
+            client.send_json({"channel": "____", "message": "echo", "payload": "done"})
+            self.assertEqual(client.recv_text(), "done")
+            client.close()
+        self.until(lambda: len(self.app.disconnected_clients()) == 2)
+        self.until(lambda: sum(len("".join(one.channels))
+                               for one in self.app.disconnected_clients()) < 3000)
+        self.assertEqual(sorted(len(one.channels) for one in self.app.disconnected_clients())[0], 3)
+
+    def test_half_a_tls_handshake_counts(self) -> None:
+        app = WebChannels(Config(max_clients=2, handshake_timeout=60))
+        app.route("/", lambda: "index")
+        with tempfile.TemporaryDirectory() as folder:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(Path(folder)))
+        with serve(app, ssl=context) as url:
+            address = ("127.0.0.1", app.port)
+            with socket.create_connection(address), socket.create_connection(address) as second:
+                with self.assertRaises(OSError):
+                    request("GET", url)
+                second.close()
+
+                def served() -> bool:
+                    with contextlib.suppress(OSError):
+                        return request("GET", url).body == b"index"
+                    return False
+
+                self.until(served)
+
+    def test_an_answer_must_be_read(self) -> None:
+        self.app.route("/large", lambda: bytes(30_000_000))
+        self.app.config.max_clients = 1
+        with Connection(self.url) as connection, \
+                mock.patch.object(webchannels, "_SLOWEST", 1 << 20):
+            connection.send_raw(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            select.select([connection.sock], [], [], 10)
+            self.until(lambda: request("GET", self.url).status == 200)
+
+    def test_a_long_answer_leaves_in_pieces(self) -> None:
+        data = os.urandom(3_000_001)
+        self.app.route("/large", lambda: data)
+        for _ in range(2):
+            self.assertEqual(request("GET", f"{self.url}/large").body, data)
+        with Connection(self.url) as connection:
+            for _ in range(2):
+                connection.send_raw(b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
+            self.assertEqual([connection.response().body == data for _ in range(4)], [True] * 4)
+
+    def test_handlers_whose_client_has_left_are_cancelled(self) -> None:
+        self.app.config.max_clients = 1
+        with Connection(self.url) as connection:
+            connection.send_raw(b"GET /wait HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(self.begun.acquire(timeout=10))
+        with no_logs("asyncio"):
+            self.assertTrue(self.cancelled.acquire(timeout=10))
+            for leave in (WebSocketClient.close, WebSocketClient.reset, WebSocketClient.send_close):
+                client: Any = self.until(self.came)
+                client.send_json({"channel": "____", "message": "wait"})
+                self.assertTrue(self.begun.acquire(timeout=10))
+                leave(client)
+                self.assertTrue(self.cancelled.acquire(timeout=10))
+            client = self.until(self.came)  # reading has stopped, so its end is not seen
+            client.send_json({"channel": "____", "message": "wait"})
+            client.send_frame(BINARY, bytes(500_000))
+            self.assertTrue(self.begun.acquire(timeout=10))
+            client.close()
+            self.assertTrue(self.cancelled.acquire(timeout=10))
+            self.until(self.came)
+
+    def came(self) -> WebSocketClient | None:
+        with contextlib.suppress(Refused, OSError):
+            return self.connect()
+        return None
+
+    def test_what_is_large_stands_in_line(self) -> None:
+        """One turn of the loop handles one large message, or one large body."""
+        turns, turn, both = [], [0], threading.Barrier(2)
+
+        def large() -> str:
+            turns.append(turn[0])
+            return "done"
+
+        def tick() -> None:
+            turn[0] += 1
+            if len(turns) < 4:
+                asyncio.get_running_loop().call_soon(tick)
+
+        def block() -> None:
+            both.wait(10)
+            both.wait(10)
+            tick()
+
+        self.app.channel("/____/large", large)
+        self.app.route("/large", large, method="POST")
+        self.app.channel("/____/block", block)
+        blocker, *clients = [self.connect() for _ in range(4)]
+        message = {"channel": "____", "message": "large", "payload": "x" * 9000}
+        with mock.patch.object(webchannels, "_TURN", 0), Connection(self.url) as connection:
+            blocker.send_json({"channel": "____", "message": "block"})
+            both.wait(10)  # the loop stands still, so all the others arrive in one turn
+            for client in clients:
+                client.send_json(message)
+            connection.send_raw(b"POST /large HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000"
+                                b"\r\n\r\n" + bytes(9000))
+            both.wait(10)
+            self.assertEqual([client.recv_text() for client in clients], ["done"] * 3)
+            self.assertEqual(connection.response().body, b"done")
+        self.assertEqual(len(set(turns)), 4, turns)
+
+    def test_a_broadcast_is_not_deflated_for_each_window(self) -> None:
+        clients = [self.subscribed(subprotocol=subprotocol,
+                                   deflate=f"permessage-deflate; server_max_window_bits={bits}")
+                   for bits in range(9, 16) for subprotocol in ("webchannels.v1",)]
+        for bits in range(9, 16):
+            clients.append(self.connect(
+                deflate=f"permessage-deflate; server_max_window_bits={bits}"))
+            clients[-1].send_json({"channel": "____", "message": "subscribe"})
+            self.assertEqual(clients[-1].recv_text(), "Subscription: OK")
+        text = "x" * 5000
+        with mock.patch.object(zlib, "compressobj", wraps=zlib.compressobj) as deflate:
+            self.app.broadcast("____", text)
+            self.assertEqual(deflate.call_count, 4)
+            self.app.broadcast("____", "text", text)
+            self.assertEqual(deflate.call_count, 6)
+        for client in clients:
+            self.assertIn(text, client.recv_text())
+            self.assertEqual(client.recv_json()["payload"], text)
 
 
 class HandshakeTest(ServerTest):

@@ -512,7 +512,8 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         del buffer[:4]
         return bytes(body)
 
-    while True:
+    def request() -> Any:
+        """Take a request."""
         while bytes(buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
             if len(buffer) < 2:
                 yield None
@@ -538,7 +539,10 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
             if expect == "100-continue" and not (request.http_1_0 or buffer):
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
             request.body = yield from chunks() if chunked else take(size)
-        yield request
+        return request
+
+    while True:
+        yield (yield from request())  # and nothing of it stays here
 
 
 # ---------------------------------------------------------------------------------- websocket
@@ -863,8 +867,11 @@ class Push:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
         if frame is None:
-            frame = self._frames[dialect] = encode_message(
-                self._opcode, self._bodies[dialect[0]], dialect[1], self._threshold)
+            body, bits = self._bodies[dialect[0]], dialect[1]
+            same = (body is self._bodies[True], bits)  # with a payload, both dialects are one
+            frame = self._frames.get(same) or encode_message(
+                self._opcode, body, bits, self._threshold)
+            self._frames[same] = self._frames[dialect] = frame
         return frame
 
 
@@ -1115,16 +1122,15 @@ class HTTPConnection(Connection):
                     or "close" in request.members("connection"))  # RFC 9112, 9.3
             self._unsent = memoryview(answer.encode(request.method == "HEAD", last))
             self._done = last
-            self._wait(settings.handshake_timeout)
             self._send()
-            if self._buffer or self._peer_done:
+            if self._buffer or self._peer_done or not self._reading:
                 self._app._line_up(self)  # not now: others have their turn
 
     def _send(self) -> None:
-        """Send of the answer what the peer has room for; it must read `_SLOWEST` on the whole."""
+        """Send of the answer what the peer has room for: it must go on reading."""
         while self._unsent and not self._behind:
             piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
-            self._deadline += len(piece) / _SLOWEST
+            self._wait(self._app.config.handshake_timeout, len(piece))
             self._transport.write(piece)
         if not self._unsent:
             self._unsent = b""  # an empty view holds all of it
@@ -1961,6 +1967,9 @@ class WebChannels:
 
     def _next_turns(self) -> None:
         """Those at the head of the line go on; then the loop does other things, too."""
+        self._moving = bool(self._line)
+        if self._moving:
+            self._soon(self._next_turns)
         ends = time.monotonic() + _TURN
         for _ in range(len(self._line)):
             connection = self._line.popleft()
@@ -1968,9 +1977,6 @@ class WebChannels:
             connection._work(my_turn=True)
             if time.monotonic() > ends:
                 break
-        self._moving = False
-        if self._line:
-            self._take_turn()
 
     # Calling handlers.
 
