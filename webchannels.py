@@ -144,8 +144,9 @@ class Sparing(logging.Filter):
             trace = traceback.walk_tb(error.__traceback__) if error else ()
             places = frozenset([(frame.f_code, number) for frame, number in trace])
             kind = str(kind), places if len(self._kinds) < 1000 else None
-            if kind in self._kinds:
-                told, kept_back, level, line = self._kinds[kind]
+            known = self._kinds.get(kind)
+            if known:
+                told, kept_back, level, line = known
                 self._kinds[kind] = told, kept_back + 1, level, line
                 return False
         text = record.getMessage()
@@ -169,7 +170,7 @@ class Sparing(logging.Filter):
                 if kept_back and now < math.inf:
                     self._kinds[kind] = now, 0, level, line
                 else:
-                    del self._kinds[kind]
+                    self._kinds.pop(kind, None)  # or another app's thread has
 
 
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
@@ -281,13 +282,25 @@ class Router:
 # ----------------------------------------------------------------------------------- messages
 
 
+_MAX_NAME = 256  # characters of a channel's or a message's name
+_MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
+# CPython 3.12 and 3.13 bound how deep C calls itself by a number, whatever the stack can take.
+_MAY_CRASH = (3, 12) <= sys.version_info < (3, 14)
+_FLAT = {str, int, float, bool, type(None)}  # types in which nothing is nested
+_OPENS = ord("[")
+_ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
+
+
 class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
+    """Raised by a channel's handler: the sender is told its text, up to 8,192 characters.
+
+    Example: raise ChannelError("Full")
+    """
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
 # 4,300 digits, whose cost is quadratic; old Pythons have to be told.
-_decoder = json.JSONDecoder(
+_decoder: Any = json.JSONDecoder(
     parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
     lambda text: int(text if len(text) <= 4300 else ""))
 _json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
@@ -301,6 +314,8 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
     encoder = _encoder if default is None else _json(default=default)
+    if _MAY_CRASH and value.__class__ not in _FLAT:
+        check_depth_of(value)
     try:
         text = encoder.encode(value)
         if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
@@ -312,14 +327,72 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
         raise TypeError(f"{error}: set config.json_default to what converts it") from None
 
 
+def to_utf8(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair, which has none, as JSON's escape for it: `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def check_name(channel: str) -> None:
+    """Raises ValueError for what no channel can be called."""
+    if not channel or len(channel) > _MAX_NAME or channel.strip("/") != channel:
+        raise ValueError(f"a channel's name has 1 to {_MAX_NAME} characters, the first and the "
+                         f"last no slash: not {printable(channel, 40)!r}")
+
+
+def check_depth_of(value: Any) -> None:
+    """Raises ValueError for a value that is circular, or nested twice as deep as `_MAX_DEPTH`."""
+    level: list[Any] = [[value]]
+    for _ in range(2 * _MAX_DEPTH):  # twice: a program may wrap what it was sent
+        level = [each for outer in level
+                 for each in (outer.values() if isinstance(outer, dict) else outer)
+                 if each.__class__ not in _FLAT and isinstance(each, (dict, list, tuple))]
+        if not level:
+            return
+        if len(level) > 1000:  # one may be there many times
+            level = [*{id(each): each for each in level}.values()]
+    raise ValueError("the payload is circular or nested too deep")
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, or is nested too deep."""
+    check_depth(text)
+    try:
+        return _decoder.decode(text)
+    except RecursionError:  # of a handler that is deep in a recursion itself
+        raise ValueError("JSON nested too deep") from None
+
+
+def check_depth(text: str) -> None:
+    """Raises ValueError for a JSON text that is nested deeper than `_MAX_DEPTH`.
+
+    Its decoder is recursive C, which on some Pythons would rather crash than say so.
+    """
+    if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
+        return
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return
+    data = text.encode("utf-8", "replace").replace(b"\\\\", b"").replace(b'\\"', b"")
+    data = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")  # most strings are gone
+    brackets = b"".join(data.split(b'"')[::2])
+    for _ in range(8):  # this leaves little to look at one by one
+        brackets = brackets.replace(b"[]", b"")
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket == _OPENS else -1
+        if depth > _MAX_DEPTH:
+            raise ValueError("JSON nested too deep")
+
+
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None."""
     text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
     if text[:1] != "{":
         return None
     try:
-        envelope, end = _decoder.raw_decode(text)
-    except (ValueError, RecursionError):
+        if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
+            check_depth(text)
+        envelope, end = _decoder.scan_once(text, 0)  # raw_decode() is slower
+    except (ValueError, RecursionError, StopIteration):
         return None
     if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
         return None
@@ -434,11 +507,11 @@ class Response:
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
         if isinstance(body, str):
-            self.body, kind = body.encode(), "text/html; charset=utf-8"
+            self.body, kind = to_utf8(body), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
             self.body, kind = bytes(body), "application/octet-stream"
         else:
-            self.body, kind = dump_json(body, json_default).encode(), "application/json"
+            self.body, kind = to_utf8(dump_json(body, json_default)), "application/json"
         given: Any = headers or ()
         pairs = list(given.items() if hasattr(given, "items") else given)
         if self.body and "content-type" not in [name.lower() for name, _ in pairs]:
@@ -812,9 +885,9 @@ class Push:
             body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
             if payload is not None:
                 body += f',"payload":{dump_json(payload, settings.json_default)}'
-            enveloped = f"{body}}}".encode()
+            enveloped = to_utf8(f"{body}}}")
             # Without the subprotocol a plain string travels as it is.
-            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
+            self._bodies = (to_utf8(message) if payload is None else enveloped, enveloped)
         elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
@@ -1067,7 +1140,7 @@ class ChannelClient(asyncio.Protocol):
                 name, payload = (result, None) if isinstance(result, str) else (message, result)
                 self._push(Push(settings, channel or settings.default_channel, name, payload))
                 return
-        body = text.encode()
+        body = to_utf8(text)
         check_size(settings, body)
         self._write(encode_message(TEXT, body, bits, settings.compression_threshold))
 
@@ -1095,10 +1168,12 @@ class ChannelClient(asyncio.Protocol):
             logger.info("%r: %s: %s", self, path, text)
         else:
             logger.error("the handler of %s failed", path, exc_info=error)
+        text = text[:8192]
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
             text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
-        self._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
+        self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
+                                   self._app.config.compression_threshold))
 
     def _write(self, frame: bytes) -> None:
         if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
@@ -1660,12 +1735,17 @@ class WebChannels:
         if not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
-                kind, without, among = _decoder.decode(head.decode())
-                text = "" if kind == BINARY else body.decode()  # no browser could read other bytes
-                push = Push(self.config, channel, body if kind else text)
-                push._opcode = BINARY if kind == BINARY else TEXT
+                kind, without, among = load_json(head.decode())
+                push = Push(self.config, channel, body if kind else body.decode())
+                if kind != BINARY and kind:  # nothing else may come by: it could look like a reply
+                    envelope = load_json(body.decode())
+                    if ({*envelope} != {"channel", "message", "payload"}
+                            or envelope["channel"] != channel
+                            or type(envelope["message"]) is not str):
+                        raise ValueError("not an envelope of this channel")
+                    push._opcode = TEXT
                 self._send(channel, push, set(without), None if among is None else set(among))
-            except (TypeError, ValueError, RecursionError) as error:
+            except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
     @_on_loop
@@ -1691,8 +1771,10 @@ class WebChannels:
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
         """Subscribe `client` to `channel`; False if it is gone.
 
-        Raises ChannelError past `config.max_subscriptions`. Example: subscribe(client, "room")
+        Raises ChannelError past `config.max_subscriptions`, ValueError for a bad channel name.
+        Example: subscribe(client, "room")
         """
+        check_name(channel)
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
@@ -1787,7 +1869,7 @@ class WebChannels:
                 origin = "", "", ref if exact else None
                 # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
                 if (not exact or type(channel) is not str or type(message) is not str
-                        or "/" in message):
+                        or "/" in message or len(channel) > _MAX_NAME or len(message) > _MAX_NAME):
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
