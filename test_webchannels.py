@@ -716,8 +716,8 @@ class RouterTest(unittest.TestCase):
                 "/n/%205": ("/n/:s", " 5"), "/n/+5": ("/n/:s", "+5"), "/n/x": ("/n/:s", "x"),
                 "/n/\u0665": ("/n/:s", "\u0665"), "/n/nan": ("/n/:s", "nan"),
                 "/n/1e999": ("/n/:s", "1e999"), "/n/": None, "/x/y": ("/:one/:two", "x", "y"),
-                "/a%2Fb/c": ("/:one/:two", "a/b", "c"), "/%61": ("/a",), "//y": None,
-                "/caf%C3%A9/z": ("/:one/:two", "caf\u00e9", "z"), "/deep/q/7/c": (
+                "/a%2Fb/c": None, "/a%5cb/c": ("/:one/:two", "a\\b", "c"), "/%61": ("/a",),
+                "//y": None, "/caf%C3%A9/z": ("/:one/:two", "caf\u00e9", "z"), "/deep/q/7/c": (
                     "/deep/:a/:b::int/c", "q", 7), "/deep/q/r/c": None}.items():
             with self.subTest(path):
                 self.assertEqual(self.found(router, path), expected)
@@ -738,16 +738,26 @@ class RouterTest(unittest.TestCase):
         self.assertEqual(self.found(router, "/:x"), ("any", ":x"))
 
     def test_what_handlers_take(self) -> None:
-        given = {"payload": 1, "client": 2, "room": 3}
+        def wrapped(handler: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.wraps(handler)(lambda **given: handler(**given))
+
+        given = {"payload": 1, "client": 2, "room": 3, "admin": 4}
         taken: list[tuple[Callable[..., Any], Any]] = [
             (lambda: "nothing", "nothing"), (lambda payload, room: (payload, room), (1, 3)),
             (lambda client, other=5: (client, other), (2, 5)), (lambda *rest: rest, ()),
             (lambda room, **more: (room, more), (3, {"payload": 1, "client": 2})),
-            (functools.partial(lambda room, client: (room, client), client=9), (3, 2))]
+            (functools.partial(lambda room, client: (room, client), client=9), (3, 9)),
+            (functools.partial(lambda room, **more: (room, more), payload=9),
+             (3, {"payload": 9, "client": 2})),
+            (wrapped(functools.partial(lambda room, admin=True: (room, admin), admin=False)),
+             (3, False))]
         for handler, expected in taken:
             for threaded in (False, True):
                 endpoint = webchannels.Endpoint(handler, "/:room", threaded, {"payload", "client"})
+                if endpoint.takes_any:
+                    del given["admin"]
                 self.assertEqual(endpoint(given), expected)
+                given["admin"] = 4
                 self.assertEqual(endpoint.threaded, threaded)
         self.assertFalse(webchannels.Endpoint(self.found).threaded)
         self.assertEqual(webchannels.Endpoint(self.found).name, "RouterTest.found")
@@ -1252,6 +1262,8 @@ class HttpTest(ServerTest):
         app.route("/much", self.much)
         app.route("/later", self.later)
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
+        app.route("/blind", lambda request: f"{len(request.body)}", method="POST")
+        app.route("/who", lambda who="nobody": who, method="POST")
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
 
@@ -1290,10 +1302,10 @@ class HttpTest(ServerTest):
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
                 ("/hi/bob/5?q=a%20b&x", 200, None, b'{"name":"bob","n":5,"q":"a b"}'),
-                ("/hi/b%2Fb/5", 200, None, b'{"name":"b/b","n":5,"q":"-"}'),
+                ("/hi/b%2Fb/5", 404, None, b"Not found"),
                 ("/hi/bob/x", 404, None, b"Not found"), ("/hi/%ff/5", 400, None, None),
                 ("/needs", 400, None, b"The parameter who is missing"),
-                ("/needs?who=me", 200, None, b"me"), ("/?%ff=%ff", 400, None, None),
+                ("/needs?who=me", 200, None, b"me"), ("/needs?%ff=%ff", 400, None, None),
                 ("/needs?who=1&who=2", 200, None, b"2")):
             with self.subTest(path):
                 reply = request("GET", self.url + path)
@@ -1437,12 +1449,21 @@ class HttpTest(ServerTest):
         for kind, body in (("application/json", b"{"), ("application/json", b'{"a":NaN}'),
                            ("application/json", b"[" * 900), ("application/json", b"\xff"),
                            ("application/x-www-form-urlencoded", b"a=%ff"),
-                           ("application/x-www-form-urlencoded", b"\xff=1")):
+                           ("application/x-www-form-urlencoded", b"\xff=1"),
+                           ("application/x-www-form-urlencoded", b"a=\xc3\xa9"),
+                           ("application/x-www-form-urlencoded", b"a=1%"),
+                           ("application/x-www-form-urlencoded", b"a=%4g")):
             if body == b"[" * 900:
                 self.app.config.max_body_size = 1 << 20
                 body = b"[" * 200_000
-            reply = request("POST", self.url + "/data", {"Content-Type": kind}, body)
-            self.assertEqual(reply.status, 400, body[:20])
+            fields = {"Content-Type": kind}
+            self.assertEqual(request("POST", self.url + "/data", fields, body).status, 400, body)
+            self.assertEqual(request("POST", self.url + "/who", fields, body).status, 400, body)
+            # What nobody asks for is not read.
+            reply = request("POST", self.url + "/blind?q=1", fields, body)
+            self.assertEqual((reply.status, reply.body), (200, str(len(body)).encode()))
+            reply = request("GET", self.url + "/needs?who=me", fields, body)
+            self.assertEqual((reply.status, reply.body), (200, b"me"))
         self.app.config.max_body_size = 1000
 
     def test_chunked_and_continue_and_pipelining(self) -> None:
@@ -1518,6 +1539,10 @@ class HttpTest(ServerTest):
         (505, b"PRI * HTTP/2.0\r\n\r\n"),
         (501, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (200, b"POST /data HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\n\r\n"),
+        (400, b"G" * 3000),
+        (400, b"G" * 3000 + b" / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (200, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99 + b"\r\n"),
+        (431, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100 + b"\r\n"),
         (414, b"GET /" + b"a" * 3000),
         (414, b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (431, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3000),
@@ -1528,6 +1553,15 @@ class HttpTest(ServerTest):
         (200, b"Content-Length: 003\r\n\r\nabc"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3 ; x\r\nabc\r\n000\r\nA: b\r\n\r\n"),
+        (200, b'Transfer-Encoding: chunked\r\n\r\n3;a;b="c;\\"\xe9" ; d\t= e\r\nabc\r\n0\r\n\r\n'),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 999 + b"0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;bad[=x\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;a=\r\nabc\r\n0\r\n\r\n"),
+        (400, b'Transfer-Encoding: chunked\r\n\r\n3;a="b\r\nabc\r\n0\r\n\r\n'),
+        (400, b'Transfer-Encoding: chunked\r\n\r\n3;a="b"c\r\nabc\r\n0\r\n\r\n'),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;a b\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3 \r\nabc\r\n0\r\n\r\n"),
         (400, b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n"),
         (400, b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
@@ -1585,6 +1619,45 @@ class HttpTest(ServerTest):
                 else:
                     self.assertEqual(reply.headers.get("connection"), "close")
                     self.assertEqual(connection.rest(), b"")
+
+    def test_many_tiny_chunks_are_refused(self) -> None:
+        self.app.config.max_body_size = 5000
+        for count, status in ((1000, 200), (1100, 400)):
+            reply = self.raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
+                             b"\r\n\r\n" + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
+            self.assertEqual(reply.status, status)
+
+    def test_what_is_refused_of_a_head_has_no_body(self) -> None:
+        for status, rest in (
+                (400, b" / HTTP/1.1\r\n\r\n"), (400, b" / HTTP/1.1\nHost: a\n"),
+                (414, b" /" + b"a" * 3000), (413, b" / HTTP/1.1\r\nHost: localhost\r\n"
+                                             b"Content-Length: 2000\r\n\r\n"),
+                (400, b" / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"),
+                (400, b" / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")):
+            with self.subTest(rest), Connection(self.url) as connection:
+                connection.send_raw(b"HEAD" + rest)
+                reply = connection.response("HEAD")
+                self.assertEqual(reply.status, status)
+                self.assertNotEqual(reply.headers["content-length"], "0")
+                self.assertEqual(connection.rest(), b"")
+
+    def test_cookies(self) -> None:
+        def cookies(*fields: str) -> dict[str, str]:
+            lines = ["GET / HTTP/1.1", "Host: a", *(f"Cookie: {each}" for each in fields)]
+            return Request("\r\n".join(lines)).cookies
+
+        self.assertEqual(cookies("\xa0__Host-a=1;\t\x85b\xa0=\x85\xa02\xa0 ;c=3"),
+                         {"\xa0__Host-a": "1", "\x85b\xa0": "\x85\xa02\xa0", "c": "3"})
+        self.assertEqual(cookies("a=1, 2", "b=3"), {"a": "1, 2", "b": "3"})
+        self.assertEqual(Request("GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\nx: 2").headers["x"], "1, 2")
+
+    def test_half_of_a_surrogate_pair(self) -> None:
+        """It has no UTF-8. In JSON it is escaped, as JSON.stringify() does."""
+        for path, handler, body in (("/list", lambda: ["\ud83d"], b'["\\ud83d"]'),
+                                    ("/", lambda: "<p>\ud83d", b"<p>\\ud83d")):
+            self.app.route(path, handler)
+            reply = request("GET", self.url + path)
+            self.assertEqual((reply.status, reply.body), (200, body))
 
     def test_every_split_of_a_request_gives_the_same(self) -> None:
         def read(chunks: Sequence[bytes]) -> list[Any]:
@@ -3192,6 +3265,60 @@ os.wait()
                 request("GET", url)
             terminal.type("\n")
         self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_json_of_any_depth_is_an_answer_on_a_small_stack(self) -> None:
+        terminal = self.script("""
+import threading
+channel("/____/echo", lambda payload: payload)
+channel("/", lambda payload: "none")
+route("/json", lambda payload: [payload], method="POST")
+
+def deep():
+    value, circle = [], []
+    circle += [circle, circle]
+    for each in range(100_000):
+        value = [value]
+    try:
+        for each in (circle, value):
+            try:
+                broadcast("____", "x", each)
+            except ValueError as error:
+                print(error)
+    finally:
+        while value:
+            value = value[0]
+threading.stack_size(512 * 1024)
+print(up(0, block=False))
+thread = threading.Thread(target=deep)
+sys.stdin.readline()
+thread.start()
+thread.join()
+print("done")
+""")
+        url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        client = WebSocketClient(url)
+        self.addCleanup(client.close)
+        for begin, end in (("[", "]"), ('{"a":', "}"), ('{"a":["]]}}\\\\",', "]}"),
+                           ('["\\"]",{"a":', "}]")):
+            size = begin.count("[") + begin.count("{")
+            for depth in (100, 450 // size, 520 // size, 10_000, 1_000_000 // len(begin)):
+                ends = "" if depth > 10_000 else "0" + end * depth
+                with self.subTest(begin, depth=depth):
+                    reply = request("POST", url + "/json", {"Content-Type": "application/json"},
+                                    (begin * depth + ends).encode())
+                    fine = depth * size < 500
+                    self.assertEqual(reply.status, 200 if fine else 400)
+                    client.send_text('{"channel":"____","message":"echo","payload":'
+                                     + begin * depth + ends + "}")
+                    self.assertIn(begin * depth if fine else "none", client.recv_text())
+        # Many, and in strings, are not deep.
+        values: list[Any] = [[[[[]]]] * 5000, ["[{" * 5000, '\\"[{\\\\' * 5000]]
+        for value in values:
+            client.send_json({"channel": "____", "message": "echo", "payload": value})
+            self.assertEqual(client.recv_json()["payload"], value)
+        terminal.type("\n")
+        terminal.expect("(?i)circular.*\n.*too deep\ndone\n")
+        terminal.type("\n")
 
     def test_without_free_descriptors_accepting_pauses(self) -> None:
         terminal = self.script("""

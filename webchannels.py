@@ -186,7 +186,7 @@ logger.addFilter(sparing)
 _SEGMENTS: dict[type, re.Pattern[str]] = {
     int: re.compile(r"-?[0-9]{1,300}"),
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
-    str: re.compile(r".+", re.DOTALL),
+    str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
 
 
@@ -214,7 +214,13 @@ class Endpoint:
         parameters = inspect.signature(handler).parameters.values()
         self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
-        self.takes = [each.name for each in named]
+        self.bound: set[str] = set()  # what functools.partial() binds is the program's alone
+        inner: Any = handler
+        while inner is not None:
+            partial = isinstance(inner, functools.partial)
+            self.bound.update(inner.keywords if partial else ())
+            inner = inner.func if partial else getattr(inner, "__wrapped__", None)
+        self.takes = [each.name for each in named if each.name not in self.bound]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
         for each in named:
@@ -224,8 +230,8 @@ class Endpoint:
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
-        if not self.takes_any:
-            given = {name: given[name] for name in self.takes if name in given}
+        names = {*given} - self.bound if self.takes_any else self.takes
+        given = {name: given[name] for name in names if name in given}
         try:
             return self.handler(**given)
         except StopIteration as error:  # before Python 3.12 no future can hold it
@@ -409,8 +415,13 @@ _FIELDS = re.compile(rf"(?:\r\n{_TOKEN.pattern}:{_TEXT.pattern})*")
 _HEAD = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])({_FIELDS.pattern})")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,18}")  # no sign, no space, not two of them
-_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;{_TEXT.pattern})?")
+_QUOTED = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110, 5.6.4
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{_TOKEN.pattern}|{_QUOTED}))?"
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*".encode("latin-1"))
 _BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
+_MAX_FIELDS = 100  # of a request's header
+# No browser sends these in a form; to make sense of a million of them takes half a second.
+_NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
 _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate, usegmt=True))
@@ -447,10 +458,14 @@ class Request:
             raise HTTPError(505)
         self.body, self.address, self.http_1_0 = b"", "", minor == "0"
         self.headers: dict[str, str] = {}
+        if fields.count("\r\n") > _MAX_FIELDS:
+            raise HTTPError(431)
         for line in fields.split("\r\n")[1:]:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip(" \t")
-            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+            if name in self.headers:  # RFC 9113, 8.2.3: a cookie may hold a comma
+                value = f"{self.headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
+            self.headers[name] = value
         hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
         if self.target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host counts
             self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
@@ -469,8 +484,10 @@ class Request:
     @property
     def cookies(self) -> dict[str, str]:
         """The cookies by name, without quotes around them. Example: request.cookies.get("user")"""
+        # RFC 6265, 5.2: spaces and tabs only, or "\xa0__Host-a" would become "__Host-a".
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
+        found = {name.strip(" \t"): value.strip(" \t").strip('"') for name, _, value in pairs}
+        return {name: value for name, value in found.items() if name}
 
     def members(self, name: str) -> list[str]:
         """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
@@ -479,17 +496,22 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
+        The body of a GET or HEAD says nothing (RFC 9110, 9.3.1).
         Raises HTTPError 400 for what cannot be read. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
-            if kind == "application/x-www-form-urlencoded":
+            if not self.body or self.method in ("GET", "HEAD"):
+                pass
+            elif kind == "application/x-www-form-urlencoded":
+                if _NOT_IN_A_FORM.search(self.body):
+                    raise HTTPError(400, "A form is ASCII, with % only before two digits")
                 found.update(_parse_form(self.body.decode()))
-            elif self.body and (kind == "application/json" or kind.endswith("+json")):
-                payload = _decoder.decode(self.body.decode())
+            elif kind == "application/json" or kind.endswith("+json"):
+                payload = load_json(self.body.decode())
                 found.update(payload if isinstance(payload, dict) else {}, payload=payload)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise HTTPError(400, "The parameters cannot be read") from None
         return found
 
@@ -543,44 +565,54 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
     What two readers might understand differently is refused, never repaired.
     """
-    def take(size: int) -> Any:
-        while len(buffer) < size:
-            yield b""
-        part = bytes(buffer[:size])
-        del buffer[:size]
-        return part
-
     def until(end: bytes, limit: int, status: int) -> Any:
-        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        """Wait for `end`; return where it is. Raises 431 past the limit, or `status` on one line.
+        """
         seen = 0
         while (at := buffer.find(end, seen, limit)) < 0:
             if _BAD_LINE_END.search(buffer, seen, limit):
                 raise HTTPError(400, "Bad line ending")
             if len(buffer) >= limit:
-                raise HTTPError(431 if b"\n" in buffer[:limit] else status)
+                begin = bytes(buffer[:limit])
+                raise HTTPError(431 if b"\n" in begin else status if b" " in begin else 400)
             seen = max(len(buffer) - 3, 0)  # `end` may have begun there
             yield b""
-        return (yield from take(at)).decode("latin-1")
+        return at
 
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        size = -1
+        at, end, size, count = 0, 0, -1, 0
         while size:
-            match = _CHUNK_SIZE.fullmatch((yield from until(b"\r\n", 256, 400)))
+            count += 1
+            if count > 1000 + len(body) // 16:  # the work is in their number
+                raise HTTPError(400, "Too many tiny chunks")
+            end = buffer.find(b"\r\n", at, at + 256)
+            if end < 0:
+                del buffer[:at]
+                at, end = 0, (yield from until(b"\r\n", 256, 400))
+            match = _CHUNK_SIZE.fullmatch(bytes(buffer[at:end]))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
             if size:
-                chunk = yield from take(2 + size + 2)  # with the line ends around it
-                if not chunk.endswith(b"\r\n"):
+                start = end + 2
+                if len(buffer) < start + size + 2:
+                    del buffer[:start]
+                    start = 0
+                    while len(buffer) < size + 2:
+                        yield b""
+                at = start + size + 2
+                if buffer[at - 2:at] != b"\r\n":
                     raise HTTPError(400, "Bad chunk")
-                body += chunk[2:-2]
-        if not _FIELDS.fullmatch((yield from until(b"\r\n\r\n", settings.max_header_size, 431))):
+                body += buffer[start:at - 2]
+        del buffer[:end]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 431)
+        if not _FIELDS.fullmatch(buffer[:end].decode("latin-1")):
             raise HTTPError(400, "Bad trailer")
-        del buffer[:4]
+        del buffer[:end + 4]
         return bytes(body)
 
     while True:
@@ -589,8 +621,8 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
                 yield None
             else:
                 del buffer[:2]
-        request = Request((yield from until(b"\r\n\r\n", settings.max_header_size, 414)))
-        del buffer[:4]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 414)
+        request = Request(buffer[:end].decode("latin-1"))
         length = request.headers.get("content-length", "0")
         chunked = "transfer-encoding" in request.headers
         if not _LENGTH.fullmatch(length):
@@ -604,11 +636,20 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         size = int(length)
         if size > settings.max_body_size:
             raise HTTPError(413)
+        if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
+            raise HTTPError(400, "HEAD has no body")
+        del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
         if size or chunked:
             expect = request.headers.get("expect", "").lower()
             if expect == "100-continue" and not (request.http_1_0 or buffer):
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
-            request.body = yield from chunks() if chunked else take(size)
+        if chunked:
+            request.body = yield from chunks()
+        elif size:
+            while len(buffer) < size:
+                yield b""
+            request.body = bytes(buffer[:size])
+            del buffer[:size]
         yield request
 
 
@@ -916,7 +957,7 @@ Origin = tuple[str, str, Any]
 _READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
 # What the handler that is running may ask for.
-_params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+_params: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
 
 
@@ -1547,7 +1588,7 @@ class HTTPConnection(asyncio.Protocol):
         logger.warning("refused %s: %s", self._address, error)
         self._begun, self._ended = False, True
         self._wait(_LINGER)
-        self.transport.write(error.response.encode(close=True))
+        self.transport.write(error.response.encode(self._buffer.startswith(b"HEAD "), close=True))
         if not half_close(self.transport):
             self.transport.close()
 
@@ -1606,10 +1647,11 @@ class WebChannels:
               method: str = "GET", threaded: bool = False) -> Callable[[H], H]:
         """Answer requests for `path` with what `handler` returns; a decorator or a plain call.
 
-        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering the
-        same path and method again replaces the handler, also while serving. The handler returns
-        str (HTML), bytes, dict or list (JSON), a Response, or None (204). `threaded=True` runs a
-        `def` handler in a thread. Raises TypeError or ValueError for what cannot work.
+        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str); no value has a
+        slash. Registering the same path and method again replaces the handler, also while serving.
+        What functools.partial() binds, no request can give. The handler returns str (HTML), bytes,
+        dict or list (JSON), a Response, or None (204). `threaded=True` runs a `def` handler in a
+        thread. Raises TypeError or ValueError for what cannot work.
         Example: route("/hello/:name", lambda name: f"Hello, {html.escape(name)}!")
         """
         if not _TOKEN.fullmatch(method):
@@ -1657,11 +1699,15 @@ class WebChannels:
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of the request or message being handled: all, as a dict, or one.
 
-        Raises RuntimeError outside a handler. Example: params("name", "nobody")
+        Raises RuntimeError outside a handler, and HTTPError 400 if a form or JSON cannot be read.
+        Example: params("name", "nobody")
         """
         given = _params.get()
         if given is None:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
+        if None in given:  # see _respond()
+            given.update({**given[None].params(), **given})
+            given.pop(None)
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
@@ -1945,7 +1991,11 @@ class WebChannels:
             if method not in METHODS:
                 raise HTTPError(501)
             raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
-        given = {**request.params(), **dict(zip(endpoint.path_names, values)), "request": request}
+        given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
+        if endpoint.takes_any or {*endpoint.takes} - {*given}:
+            given = {**request.params(), **given}
+        else:
+            given[None] = request  # its parameters are read when the handler asks for them
         for name in endpoint.required:
             if name not in given:
                 raise HTTPError(400, f"The parameter {name} is missing")
@@ -1982,8 +2032,9 @@ class WebChannels:
         """Is its page allowed (RFC 6455, 10.2), if a browser sent it? Raises HTTPError 403."""
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
-        if allowed is None:
-            allowed = [f"{self.url.partition(':')[0]}://{request.headers.get('host')}"]
+        if allowed is None:  # same origin; a request of HTTP/1.0 may have no host
+            host = request.headers.get("host")
+            allowed = [f"{self.url.partition(':')[0]}://{host}"] if host else []
         if text is not None and allowed != "*":
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
