@@ -786,8 +786,8 @@ class RouterTest(unittest.TestCase):
             with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
                 register("/____/x", lambda payload, /: None)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
-        for name in ("", "/a", "a/", "/"):
-            with self.assertRaises(ValueError):
+        for name in ("", "/a", "a/", "/", "x" * 257):
+            with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
                 app.channels_support(name)
 
 
@@ -1994,6 +1994,97 @@ class WhoMayComeInTest(ServerTest):
         self.app.config.allowed_hosts = ["*"]
         self.assertEqual(statuses("any.example")[0], 200)
 
+    def test_without_a_host_nobody_has_the_same_origin(self) -> None:
+        for origin, status in ((b"", 200), (b"Origin: http://none\r\n", 403),
+                               (b"Origin: http://None\r\n", 403),
+                               (b"Origin: http://localhost\r\n", 403)):
+            self.assertEqual(self.raw(b"POST / HTTP/1.0\r\n" + origin + b"\r\n").status, status)
+
+    def test_handlers_of_on_connect_add_up(self) -> None:
+        asked: list[str] = []
+
+        def made(name: str) -> Callable[[], None]:
+            def check() -> None:
+                asked.append(name)
+            return check
+
+        def decorated(handler: Callable[[], None]) -> Callable[[], None]:
+            return functools.wraps(handler)(lambda: handler())
+
+        def defined(name: str, module: str = "one", qualname: str = "check") -> Callable[[], None]:
+            check = made(name)
+            check.__module__, check.__qualname__ = module, qualname
+            return check
+
+        class Methods(NamedTuple):
+            name: str
+
+            def check(self) -> None:
+                asked.append(self.name)
+
+        app = self.app
+        for handler in (
+                made("a"), made("b"), lambda: asked.append("c"), lambda: asked.append("d"),
+                decorated(defined("e")), decorated(defined("f")), functools.partial(made("g")),
+                defined("old"), defined("i", "two"), defined("j", "one", "Class.check"),
+                Methods("k").check, Methods("l").check):
+            with no_logs("webchannels"):
+                app.on_connect(handler)
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            app.on_connect(defined("h"))
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("check takes its own place", logs.output[0])
+        self.connect()
+        self.assertEqual("".join(asked), "abcdefghijkl")
+
+    def test_a_second_on_connect_does_not_let_in_whom_the_first_refuses(self) -> None:
+        def refuse() -> None:
+            raise HTTPError(401)
+
+        self.app.on_connect(functools.wraps(self.connect)(lambda **given: refuse()))
+        self.app.on_connect(functools.wraps(self.connect)(lambda **given: None))
+        with self.assertRaises(Refused) as refused:
+            self.connect()
+        self.assertEqual(refused.exception.reply.status, 401)
+
+    def test_a_handler_that_opens_channels(self) -> None:
+        app = self.app
+        app.channel("/rooms/:room/subscribe", lambda: "guarded")
+        app.route("/page/:name", lambda name: app.channels_support(name))
+        app.channels_support("known")
+        with no_logs("webchannels"):
+            for path in ("known", "____"):
+                self.assertEqual(request("GET", f"{self.url}/page/{path}").status, 200)
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            for number in range(5):
+                request("GET", f"{self.url}/page/{number}")
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("a handler opened the channel '0'", logs.output[0])
+        with mock.patch.object(webchannels, "_MAX_OPEN", len(app._open)):
+            self.assertEqual(request("GET", self.url + "/page/more").status, 500)
+            self.assertEqual(request("GET", self.url + "/page/1").status, 200)
+            app.channels_support("rooms/any")  # it is guarded, and takes no place
+        # What is decoded has no slash: it could be a channel that the guard does not know.
+        self.assertEqual(request("GET", self.url + "/page/rooms%2Fa%2Fb").status, 404)
+
+    def test_names_have_a_bound(self) -> None:
+        app = self.app
+        app.channel("/:name/subscribe",
+                    lambda name, client, channel: app.subscribe(client, channel))
+        client = self.connect()
+        for size, answer in ((256, "true"), (257, "ERROR : 400 - Bad message"),
+                             (100_000, "ERROR : 400 - Bad message")):
+            client.send_json({"channel": "x" * size, "message": "subscribe"})
+            reply = client.recv_text()
+            self.assertEqual(json.loads(reply)["payload"] if size == 256 else reply,
+                             True if size == 256 else answer)
+            client.send_json({"channel": "____", "message": "y" * size})
+            self.assertEqual(client.recv_text(), "ERROR : 404 - Not found" if size == 256
+                             else "ERROR : 400 - Bad message")
+        self.assertEqual([*app.subscriptions()], ["x" * 256])
+        with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
+            app.subscribe(app.connected_clients()[0], "x" * 257)
+
     def test_elsewhere_any_host_is_answered(self) -> None:
         app = WebChannels()
         app.route("/", lambda: "page")
@@ -2617,10 +2708,11 @@ class RegistryTest(ServerTest):
         self.app.on_connect(lambda client: [client.send("x" * 600_000) for _ in range(2)])
         client = self.connect()
         self.assertEqual(client.recv_close(), (1013, "too slow"))
-        self.app.on_connect(lambda client: client.close(3000, "not now"))
-        client = self.connect(auto_reply=False)
+        app = WebChannels()
+        app.on_connect(lambda client: client.close(3000, "not now"))
+        client = WebSocketClient(self.enterContext_(serve(app)), auto_reply=False)
         self.assertEqual(client.recv_close(), (3000, "not now"))
-        self.assertEqual(self.app.connected_clients(), [])
+        self.assertEqual(app.connected_clients(), [])
         client.close()
         self.assertEqual(self.left, [])
 

@@ -1473,6 +1473,7 @@ def _command(*words: bytes) -> bytes:
 
 # ---------------------------------------------------------------------------------------- app
 
+_MAX_OPEN = 10_000  # channels that anyone may subscribe to
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
 # From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
@@ -1617,8 +1618,8 @@ class WebChannels:
         self.config = config or Config()
         self._routes, self._channels = Router(), Router()
         self._open: set[str] = set()  # channels that anyone may subscribe to
-        self._on_connect: dict[str, Endpoint] = {}
-        self._on_disconnect: dict[str, Endpoint] = {}
+        self._on_connect: list[Endpoint] = []
+        self._on_disconnect: list[Endpoint] = []
         self._lock, self._done = threading.RLock(), threading.Event()
         self._reset()
         _apps.add(self)
@@ -1683,17 +1684,25 @@ class WebChannels:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
         It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
-        `client.send()`, but the client is not connected yet, so it cannot be subscribed. A function
-        of the same name replaces it. Example: on_connect(lambda client: client.send("Welcome"))
+        `client.send()`, but the client is not connected yet, so it cannot be subscribed. Handlers
+        add up, and are called in order; a function that is defined again takes its own place.
+        Example: on_connect(lambda client: client.send("Welcome"))
         """
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_connect[endpoint.name] = endpoint
-        return handler
+        return self._add(self._on_connect, handler)
 
     def on_disconnect(self, handler: H) -> H:
         """Call `handler` when a client has left, as `on_connect()`. Example: on_disconnect(log)"""
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_disconnect[endpoint.name] = endpoint
+        return self._add(self._on_disconnect, handler)
+
+    def _add(self, endpoints: list[Endpoint], handler: H) -> H:
+        added = Endpoint(handler, supplied=_CLIENT_NAMES)
+        for at, known in enumerate(endpoints):
+            if is_redefined(known.handler, handler):
+                logger.warning("%s takes its own place: it is defined again", added.name,
+                               extra=ALWAYS)
+                endpoints[at] = added
+                return handler
+        endpoints.append(added)
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
@@ -1718,16 +1727,23 @@ class WebChannels:
                          src: str | None = None) -> str:
         """The `<script>` element that makes a page live on `channel` (`config.default_channel`).
 
-        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
+        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`;
+        10,000 channels can be open.
         `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
         path of this server is served if it has no route. Register channels other than the default
         one when the program starts, too: an open page may come back to a restarted server. Raises
         ValueError for a bad channel name. Example: channels_support("room", src="/channels.js")
         """
         channel = self.config.default_channel if channel is None else channel
-        if not channel or channel.strip("/") != channel:
-            raise ValueError(f"not a channel's name: {channel!r}")
-        self._open.add(channel)
+        check_name(channel)
+        if channel not in self._open and not self._guarded(channel):
+            if len(self._open) >= _MAX_OPEN:
+                raise ValueError(f"{_MAX_OPEN:,} channels are open: guard others with a handler")
+            if _params.get() is not None and channel != self.config.default_channel:
+                logger.warning("a handler opened the channel %r by channels_support(): call that "
+                               "when the program starts, or guard the channel with a handler for "
+                               "its message subscribe", channel)
+            self._open.add(channel)
         base = self.config.base_path.rstrip("/")
         attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path,
                       "nonce": nonce, "src": src}
@@ -1869,7 +1885,7 @@ class WebChannels:
         self._left_at[client] = time.monotonic()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
-        for endpoint in list(self._on_disconnect.values()):
+        for endpoint in list(self._on_disconnect):
             task = asyncio.ensure_future(notify(endpoint))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -1943,10 +1959,14 @@ class WebChannels:
         if message == "subscribe" and channel in self._open:
             self.subscribe(client, channel)
             return "Subscription: OK"
-        if message == "unsubscribe" and (channel in self._open or channel in client.channels):
+        if message == "unsubscribe" and (channel in self._open or channel in client.channels
+                                         or self._guarded(channel)):
             self.unsubscribe(client, channel)
             return "Unsubscription: OK"
         raise HTTPError(404)
+
+    def _guarded(self, channel: str) -> bool:
+        return self._channels.find(f"/{channel}/subscribe") is not None
 
     # HTTP.
 
@@ -2015,7 +2035,7 @@ class WebChannels:
             raise HTTPError(404)
         head, dialect = accept_handshake(request, self.config.compression)
         client = ChannelClient(self, request, dialect, head)
-        for endpoint in list(self._on_connect.values()):
+        for endpoint in list(self._on_connect):
             await self._invoke(endpoint, {"client": client, "request": request})
         return client
 
@@ -2258,6 +2278,16 @@ class WebChannels:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.RLock()
         self._reset()
+
+
+def is_redefined(old: Any, new: Any) -> bool:
+    """Is `new` a later definition of the same function?
+
+    Lambdas, methods, and what is decorated or made by another function share their names.
+    """
+    return (inspect.isfunction(old) and inspect.isfunction(new) and "<" not in new.__qualname__
+            and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+            and not hasattr(old, "__wrapped__") and not hasattr(new, "__wrapped__"))
 
 
 @functools.lru_cache(maxsize=256)
