@@ -114,7 +114,6 @@ class Config:
 
 # ---------------------------------------------------------------------------------------- log
 
-
 _TELL_AGAIN = 10.0  # seconds
 
 
@@ -293,7 +292,6 @@ _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB tak
 # CPython 3.12 and 3.13 bound how deep C calls itself by a number, whatever the stack can take.
 _MAY_CRASH = (3, 12) <= sys.version_info < (3, 14)
 _FLAT = {str, int, float, bool, type(None)}  # types in which nothing is nested
-_OPENS = ord("[")
 _ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
 
 
@@ -384,7 +382,7 @@ def check_depth(text: str) -> None:
         brackets = brackets.replace(b"[]", b"")
     depth = 0
     for bracket in brackets:
-        depth += 1 if bracket == _OPENS else -1
+        depth += 1 if bracket == 91 else -1  # "["
         if depth > _MAX_DEPTH:
             raise ValueError("JSON nested too deep")
 
@@ -486,8 +484,8 @@ class Request:
         """The cookies by name, without quotes around them. Example: request.cookies.get("user")"""
         # RFC 6265, 5.2: spaces and tabs only, or "\xa0__Host-a" would become "__Host-a".
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
-        found = {name.strip(" \t"): value.strip(" \t").strip('"') for name, _, value in pairs}
-        return {name: value for name, value in found.items() if name}
+        return {key: value.strip(" \t").strip('"') for name, _, value in pairs
+                if (key := name.strip(" \t"))}
 
     def members(self, name: str) -> list[str]:
         """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
@@ -1701,8 +1699,9 @@ class WebChannels:
                 logger.warning("%s takes its own place: it is defined again", added.name,
                                extra=ALWAYS)
                 endpoints[at] = added
-                return handler
-        endpoints.append(added)
+                break
+        else:
+            endpoints.append(added)
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
@@ -1727,12 +1726,12 @@ class WebChannels:
                          src: str | None = None) -> str:
         """The `<script>` element that makes a page live on `channel` (`config.default_channel`).
 
-        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`;
-        10,000 channels can be open.
+        Anyone may then subscribe to it, unless there is a handler for its message `subscribe`.
         `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
         path of this server is served if it has no route. Register channels other than the default
         one when the program starts, too: an open page may come back to a restarted server. Raises
-        ValueError for a bad channel name. Example: channels_support("room", src="/channels.js")
+        ValueError for a bad channel name, and for the 10,001st.
+        Example: channels_support("room", src="/channels.js")
         """
         channel = self.config.default_channel if channel is None else channel
         check_name(channel)
