@@ -718,8 +718,8 @@ class RouterTest(unittest.TestCase):
                 "/n/%205": ("/n/:s", " 5"), "/n/+5": ("/n/:s", "+5"), "/n/x": ("/n/:s", "x"),
                 "/n/\u0665": ("/n/:s", "\u0665"), "/n/nan": ("/n/:s", "nan"),
                 "/n/1e999": ("/n/:s", "1e999"), "/n/": None, "/x/y": ("/:one/:two", "x", "y"),
-                "/a%2Fb/c": ("/:one/:two", "a/b", "c"), "/%61": ("/a",), "//y": None,
-                "/caf%C3%A9/z": ("/:one/:two", "caf\u00e9", "z"), "/deep/q/7/c": (
+                "/a%2Fb/c": None, "/a%5cb/c": ("/:one/:two", "a\\b", "c"), "/%61": ("/a",),
+                "//y": None, "/caf%C3%A9/z": ("/:one/:two", "caf\u00e9", "z"), "/deep/q/7/c": (
                     "/deep/:a/:b::int/c", "q", 7), "/deep/q/r/c": None}.items():
             with self.subTest(path):
                 self.assertEqual(self.found(router, path), expected)
@@ -740,16 +740,26 @@ class RouterTest(unittest.TestCase):
         self.assertEqual(self.found(router, "/:x"), ("any", ":x"))
 
     def test_what_handlers_take(self) -> None:
-        given = {"payload": 1, "client": 2, "room": 3}
+        def wrapped(handler: Callable[..., Any]) -> Callable[..., Any]:
+            return functools.wraps(handler)(lambda **given: handler(**given))
+
+        given = {"payload": 1, "client": 2, "room": 3, "admin": 4}
         taken: list[tuple[Callable[..., Any], Any]] = [
             (lambda: "nothing", "nothing"), (lambda payload, room: (payload, room), (1, 3)),
             (lambda client, other=5: (client, other), (2, 5)), (lambda *rest: rest, ()),
             (lambda room, **more: (room, more), (3, {"payload": 1, "client": 2})),
-            (functools.partial(lambda room, client: (room, client), client=9), (3, 2))]
+            (functools.partial(lambda room, client: (room, client), client=9), (3, 9)),
+            (functools.partial(lambda room, **more: (room, more), payload=9),
+             (3, {"payload": 9, "client": 2})),
+            (wrapped(functools.partial(lambda room, admin=True: (room, admin), admin=False)),
+             (3, False))]
         for handler, expected in taken:
             for threaded in (False, True):
                 endpoint = webchannels.Endpoint(handler, "/:room", threaded, {"payload", "client"})
+                if endpoint.takes_any:
+                    del given["admin"]
                 self.assertEqual(endpoint(given), expected)
+                given["admin"] = 4
                 self.assertEqual(endpoint.threaded, threaded)
         self.assertFalse(webchannels.Endpoint(self.found).threaded)
         self.assertEqual(webchannels.Endpoint(self.found).name, "RouterTest.found")
@@ -778,8 +788,8 @@ class RouterTest(unittest.TestCase):
             with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
                 register("/____/x", lambda payload, /: None)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
-        for name in ("", "/a", "a/", "/"):
-            with self.assertRaises(ValueError):
+        for name in ("", "/a", "a/", "/", "x" * 257):
+            with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
                 app.channels_support(name)
 
 
@@ -1266,7 +1276,7 @@ def no_logs(name: str) -> Iterator[None]:
     test = unittest.TestCase()
     with test.assertLogs(name, "INFO") as logs:
         yield
-        logging.getLogger(name).info("none but this")
+        logging.getLogger(name).info("none but this", extra={"kind": None})
     test.assertEqual(logs.output, [f"INFO:{name}:none but this"])
 
 
@@ -1295,6 +1305,8 @@ class HttpTest(ServerTest):
         app.route("/later", self.later)
         app.route("/cancel", self.cancel)
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
+        app.route("/blind", lambda request: f"{len(request.body)}", method="POST")
+        app.route("/who", lambda who="nobody": who, method="POST")
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
 
@@ -1337,10 +1349,10 @@ class HttpTest(ServerTest):
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
                 ("/hi/bob/5?q=a%20b&x", 200, None, b'{"name":"bob","n":5,"q":"a b"}'),
-                ("/hi/b%2Fb/5", 200, None, b'{"name":"b/b","n":5,"q":"-"}'),
+                ("/hi/b%2Fb/5", 404, None, b"Not found"),
                 ("/hi/bob/x", 404, None, b"Not found"), ("/hi/%ff/5", 400, None, None),
                 ("/needs", 400, None, b"The parameter who is missing"),
-                ("/needs?who=me", 200, None, b"me"), ("/?%ff=%ff", 400, None, None),
+                ("/needs?who=me", 200, None, b"me"), ("/needs?%ff=%ff", 400, None, None),
                 ("/needs?who=1&who=2", 200, None, b"2")):
             with self.subTest(path):
                 reply = request("GET", self.url + path)
@@ -1520,17 +1532,27 @@ class HttpTest(ServerTest):
         for kind, body in (("application/json", b"{"), ("application/json", b'{"a":NaN}'),
                            ("application/json", b"[" * 900), ("application/json", b"\xff"),
                            ("application/x-www-form-urlencoded", b"a=%ff"),
-                           ("application/x-www-form-urlencoded", b"\xff=1")):
+                           ("application/x-www-form-urlencoded", b"\xff=1"),
+                           ("application/x-www-form-urlencoded", b"a=\xc3\xa9"),
+                           ("application/x-www-form-urlencoded", b"a=1%"),
+                           ("application/x-www-form-urlencoded", b"a=%4g")):
             if body == b"[" * 900:
                 self.app.config.max_body_size = 1 << 20
                 body = b"[" * 200_000
-            reply = request("POST", self.url + "/data", {"Content-Type": kind}, body)
-            self.assertEqual(reply.status, 400, body[:20])
+            fields = {"Content-Type": kind}
+            self.assertEqual(request("POST", self.url + "/data", fields, body).status, 400, body)
+            self.assertEqual(request("POST", self.url + "/who", fields, body).status, 400, body)
+            # What nobody asks for is not read.
+            reply = request("POST", self.url + "/blind?q=1", fields, body)
+            self.assertEqual((reply.status, reply.body), (200, str(len(body)).encode()))
+            reply = request("GET", self.url + "/needs?who=me", fields, body)
+            self.assertEqual((reply.status, reply.body), (200, b"me"))
         self.app.config.max_body_size = 10_000
         for count, status in ((1000, 200), (1001, 400)):
             reply = request("POST", self.url + "/data", {
                 "Content-Type": "application/x-www-form-urlencoded"}, b"&".join([b"a=1"] * count))
             self.assertEqual(reply.status, status)
+        self.app.config.max_body_size = 1000
 
     def test_chunked_and_continue_and_pipelining(self) -> None:
         with Connection(self.url) as connection:
@@ -1607,6 +1629,10 @@ class HttpTest(ServerTest):
         (505, b"PRI * HTTP/2.0\r\n\r\n"),
         (501, b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (200, b"POST /data HTTP/1.1\r\nHost: localhost\r\nExpect: magic\r\n\r\n"),
+        (400, b"G" * 3000),
+        (400, b"G" * 3000 + b" / HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+        (200, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 99 + b"\r\n"),
+        (431, b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100 + b"\r\n"),
         (414, b"GET /" + b"a" * 3000),
         (414, b"GET /" + b"a" * 3000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n"),
         (431, b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 3000),
@@ -1621,6 +1647,15 @@ class HttpTest(ServerTest):
          + b"0\r\n\r\n"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"),
         (200, b"Transfer-Encoding: chunked\r\n\r\n3 ; x\r\nabc\r\n000\r\nA: b\r\n\r\n"),
+        (200, b'Transfer-Encoding: chunked\r\n\r\n3;a;b="c;\\"\xe9" ; d\t= e\r\nabc\r\n0\r\n\r\n'),
+        (200, b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 999 + b"0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;bad[=x\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;a=\r\nabc\r\n0\r\n\r\n"),
+        (400, b'Transfer-Encoding: chunked\r\n\r\n3;a="b\r\nabc\r\n0\r\n\r\n'),
+        (400, b'Transfer-Encoding: chunked\r\n\r\n3;a="b"c\r\nabc\r\n0\r\n\r\n'),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3;a b\r\nabc\r\n0\r\n\r\n"),
+        (400, b"Transfer-Encoding: chunked\r\n\r\n3 \r\nabc\r\n0\r\n\r\n"),
         (400, b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
         (400, b"Transfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n0\r\n\r\n"),
         (400, b"Content-Length: 3\r\nContent-Length: 4\r\n\r\nabcd"),
@@ -1679,6 +1714,45 @@ class HttpTest(ServerTest):
                 else:
                     self.assertEqual(reply.headers.get("connection"), "close")
                     self.assertEqual(connection.rest(), b"")
+
+    def test_many_tiny_chunks_are_refused(self) -> None:
+        self.app.config.max_body_size = 5000
+        for count, status in ((1000, 200), (1100, 400)):
+            reply = self.raw(b"POST /data HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked"
+                             b"\r\n\r\n" + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
+            self.assertEqual(reply.status, status)
+
+    def test_what_is_refused_of_a_head_has_no_body(self) -> None:
+        for status, rest in (
+                (400, b" / HTTP/1.1\r\n\r\n"), (400, b" / HTTP/1.1\nHost: a\n"),
+                (414, b" /" + b"a" * 3000), (413, b" / HTTP/1.1\r\nHost: localhost\r\n"
+                                             b"Content-Length: 2000\r\n\r\n"),
+                (400, b" / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 3\r\n\r\nabc"),
+                (400, b" / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")):
+            with self.subTest(rest), Connection(self.url) as connection:
+                connection.send_raw(b"HEAD" + rest)
+                reply = connection.response("HEAD")
+                self.assertEqual(reply.status, status)
+                self.assertNotEqual(reply.headers["content-length"], "0")
+                self.assertEqual(connection.rest(), b"")
+
+    def test_cookies(self) -> None:
+        def cookies(*fields: str) -> dict[str, str]:
+            lines = ["GET / HTTP/1.1", "Host: a", *(f"Cookie: {each}" for each in fields)]
+            return Request("\r\n".join(lines)).cookies
+
+        self.assertEqual(cookies("\xa0__Host-a=1;\t\x85b\xa0=\x85\xa02\xa0 ;c=3"),
+                         {"\xa0__Host-a": "1", "\x85b\xa0": "\x85\xa02\xa0", "c": "3"})
+        self.assertEqual(cookies("a=1, 2", "b=3"), {"a": "1, 2", "b": "3"})
+        self.assertEqual(Request("GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\nx: 2").headers["x"], "1, 2")
+
+    def test_half_of_a_surrogate_pair(self) -> None:
+        """It has no UTF-8. In JSON it is escaped, as JSON.stringify() does."""
+        for path, handler, body in (("/list", lambda: ["\ud83d"], b'["\\ud83d"]'),
+                                    ("/", lambda: "<p>\ud83d", b"<p>\\ud83d")):
+            self.app.route(path, handler)
+            reply = request("GET", self.url + path)
+            self.assertEqual((reply.status, reply.body), (200, body))
 
     def test_every_split_of_a_request_gives_the_same(self) -> None:
         def read(chunks: Sequence[bytes]) -> list[Any]:
@@ -2289,6 +2363,97 @@ class WhoMayComeInTest(ServerTest):
         self.app.config.allowed_hosts = ["*"]
         self.assertEqual(statuses("any.example")[0], 200)
 
+    def test_without_a_host_nobody_has_the_same_origin(self) -> None:
+        for origin, status in ((b"", 200), (b"Origin: http://none\r\n", 403),
+                               (b"Origin: http://None\r\n", 403),
+                               (b"Origin: http://localhost\r\n", 403)):
+            self.assertEqual(self.raw(b"POST / HTTP/1.0\r\n" + origin + b"\r\n").status, status)
+
+    def test_handlers_of_on_connect_add_up(self) -> None:
+        asked: list[str] = []
+
+        def made(name: str) -> Callable[[], None]:
+            def check() -> None:
+                asked.append(name)
+            return check
+
+        def decorated(handler: Callable[[], None]) -> Callable[[], None]:
+            return functools.wraps(handler)(lambda: handler())
+
+        def defined(name: str, module: str = "one", qualname: str = "check") -> Callable[[], None]:
+            check = made(name)
+            check.__module__, check.__qualname__ = module, qualname
+            return check
+
+        class Methods(NamedTuple):
+            name: str
+
+            def check(self) -> None:
+                asked.append(self.name)
+
+        app = self.app
+        for handler in (
+                made("a"), made("b"), lambda: asked.append("c"), lambda: asked.append("d"),
+                decorated(defined("e")), decorated(defined("f")), functools.partial(made("g")),
+                defined("old"), defined("i", "two"), defined("j", "one", "Class.check"),
+                Methods("k").check, Methods("l").check):
+            with no_logs("webchannels"):
+                app.on_connect(handler)
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            app.on_connect(defined("h"))
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("check takes its own place", logs.output[0])
+        self.connect()
+        self.assertEqual("".join(asked), "abcdefghijkl")
+
+    def test_a_second_on_connect_does_not_let_in_whom_the_first_refuses(self) -> None:
+        def refuse() -> None:
+            raise HTTPError(401)
+
+        self.app.on_connect(functools.wraps(self.connect)(lambda **given: refuse()))
+        self.app.on_connect(functools.wraps(self.connect)(lambda **given: None))
+        with self.assertRaises(Refused) as refused:
+            self.connect()
+        self.assertEqual(refused.exception.reply.status, 401)
+
+    def test_a_handler_that_opens_channels(self) -> None:
+        app = self.app
+        app.channel("/rooms/:room/subscribe", lambda: "guarded")
+        app.route("/page/:name", lambda name: app.channels_support(name))
+        app.channels_support("known")
+        with no_logs("webchannels"):
+            for path in ("known", "____"):
+                self.assertEqual(request("GET", f"{self.url}/page/{path}").status, 200)
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            for number in range(5):
+                request("GET", f"{self.url}/page/{number}")
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("a handler opened the channel '0'", logs.output[0])
+        with mock.patch.object(webchannels, "_MAX_OPEN", len(app._open)):
+            self.assertEqual(request("GET", self.url + "/page/more").status, 500)
+            self.assertEqual(request("GET", self.url + "/page/1").status, 200)
+            app.channels_support("rooms/any")  # it is guarded, and takes no place
+        # What is decoded has no slash: it could be a channel that the guard does not know.
+        self.assertEqual(request("GET", self.url + "/page/rooms%2Fa%2Fb").status, 404)
+
+    def test_names_have_a_bound(self) -> None:
+        app = self.app
+        app.channel("/:name/subscribe",
+                    lambda name, client, channel: app.subscribe(client, channel))
+        client = self.connect()
+        for size, answer in ((256, "true"), (257, "ERROR : 400 - Bad message"),
+                             (100_000, "ERROR : 400 - Bad message")):
+            client.send_json({"channel": "x" * size, "message": "subscribe"})
+            reply = client.recv_text()
+            self.assertEqual(json.loads(reply)["payload"] if size == 256 else reply,
+                             True if size == 256 else answer)
+            client.send_json({"channel": "____", "message": "y" * size})
+            self.assertEqual(client.recv_text(), "ERROR : 404 - Not found" if size == 256
+                             else "ERROR : 400 - Bad message")
+        self.assertEqual([*app.subscriptions()], ["x" * 256])
+        with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
+            app.subscribe(app.connected_clients()[0], "x" * 257)
+
     def test_elsewhere_any_host_is_answered(self) -> None:
         app = WebChannels()
         app.route("/", lambda: "page")
@@ -2374,9 +2539,9 @@ class LogTest(ServerTest):
         client = self.subscribed()
         for number in range(50):
             client.send_json({"channel": "____", "message": self.EVIL + "x" * 100 * number})
-            self.assertIn("404", client.recv_json()["error"])
+            self.assertIn("404" if number < 3 else "400", client.recv_json()["error"])
         self.app.down()
-        lines = [line for line in self.said() if "404" in line]
+        lines = [line for line in self.said() if "ERROR : 40" in line]
         self.assertEqual(len(lines), 2, lines)
         self.assertRegex(lines[0], r"^INFO <ChannelClient .*/____/a\\r\\nERROR:root:forged\\x1b\[2J"
                                    r"\\u2028\\u202e\\ud800: ERROR : 404 - Not found$")
@@ -2633,6 +2798,41 @@ class MessagesTest(ServerTest):
                 self.assertEqual(client.recv_json()["payload"], 4300)
                 client.send_text(message % ("9" * 4301))
                 self.assertEqual(client.recv_text(), "ERROR : 404 - Not found")  # it is no JSON
+
+    def test_half_of_a_surrogate_pair(self) -> None:
+        """It has no UTF-8. In JSON it is escaped, as JSON.stringify() does."""
+        plain, v1 = self.connect(), self.connect(subprotocol="webchannels.v1")
+        with no_logs("webchannels"):
+            for client, ref in ((plain, None), (v1, None), (v1, 1)):
+                for payload in ("\ud83d", {"\udc00": "\ud83d"}):
+                    client.send_json({"channel": "____", "message": "echo", "payload": payload,
+                                      "ref": ref})
+                    text = client.recv_text()
+                    self.assertIn("\\ud83d", text)
+                    if client is v1:
+                        reply = json.loads(text)
+                        self.assertEqual(reply.get("payload", reply.get("message")), payload)
+        v1 = self.subscribed()
+        self.app.broadcast("____", "\ud83d", ["\ud83d"])
+        self.app.broadcast("____", "\ud83d")
+        pushed = {"channel": "____", "message": "\ud83d"}
+        self.assertEqual(v1.recv_json(), {**pushed, "payload": ["\ud83d"]})
+        self.assertEqual(v1.recv_json(), pushed)
+
+    def test_errors_are_bounded_and_deflated(self) -> None:
+        def fail() -> None:
+            raise ChannelError("x" * 100_000)
+
+        self.app.channel("/____/fail", fail)
+        v1 = self.connect(subprotocol="webchannels.v1", deflate=True)
+        v1.send_json({"channel": "____", "message": "fail", "ref": 1})
+        frame = v1.recv_frame()
+        self.assertLess(len(frame.payload), 200)
+        v1.message, v1.parts = frame, frame.payload
+        self.assertEqual(json.loads(v1.inflated()), {"ref": 1, "error": "x" * 8192})
+        plain = self.connect()
+        plain.send_json({"channel": "____", "message": "fail"})
+        self.assertEqual(plain.recv_text(), "x" * 8192)
 
     def test_messages_are_handled_in_order_one_at_a_time(self) -> None:
         client, other = self.connect(), self.connect()
@@ -2939,10 +3139,11 @@ class RegistryTest(ServerTest):
         self.app.on_connect(lambda client: [client.send("x" * 600_000) for _ in range(2)])
         client = self.connect()
         self.assertEqual(client.recv_close(), (1013, "too slow"))
-        self.app.on_connect(lambda client: client.close(3000, "not now"))
-        client = self.connect(auto_reply=False)
+        app = WebChannels()
+        app.on_connect(lambda client: client.close(3000, "not now"))
+        client = WebSocketClient(self.enterContext_(serve(app)), auto_reply=False)
         self.assertEqual(client.recv_close(), (3000, "not now"))
-        self.assertEqual(self.app.connected_clients(), [])
+        self.assertEqual(app.connected_clients(), [])
         client.close()
         self.assertEqual(self.left, [])
 
@@ -3088,7 +3289,6 @@ class RegistryTest(ServerTest):
         self.app.config.max_send_buffer = 10_000
         cases: list[tuple[Any, Any, type[Exception]]] = [
                 ("x", object(), TypeError), ("x", {1, 2}, TypeError), ("x", circle, ValueError),
-                ("x", {"a": "\ud800"}, ValueError), ("\ud800", None, ValueError),
                 ({"a": 1}, None, TypeError), (5, None, TypeError), (b"x", 1, TypeError),
                 ("x" * 10_001, None, ValueError), ("x", "y" * 10_001, ValueError),
                 ("x", deep, ValueError)]
@@ -3689,6 +3889,60 @@ os.wait()
                 request("GET", url)
             terminal.type("\n")
         self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_json_of_any_depth_is_an_answer_on_a_small_stack(self) -> None:
+        terminal = self.script("""
+import threading
+channel("/____/echo", lambda payload: payload)
+channel("/", lambda payload: "none")
+route("/json", lambda payload: [payload], method="POST")
+
+def deep():
+    value, circle = [], []
+    circle += [circle, circle]
+    for each in range(100_000):
+        value = [value]
+    try:
+        for each in (circle, value):
+            try:
+                broadcast("____", "x", each)
+            except ValueError as error:
+                print(error)
+    finally:
+        while value:
+            value = value[0]
+threading.stack_size(512 * 1024)
+print(up(0, block=False))
+thread = threading.Thread(target=deep)
+sys.stdin.readline()
+thread.start()
+thread.join()
+print("done")
+""")
+        url = terminal.expect(r"(http://127.0.0.1:\d+)\n")[1]
+        client = WebSocketClient(url)
+        self.addCleanup(client.close)
+        for begin, end in (("[", "]"), ('{"a":', "}"), ('{"a":["]]}}\\\\",', "]}"),
+                           ('["\\"]",{"a":', "}]")):
+            size = begin.count("[") + begin.count("{")
+            for depth in (100, 450 // size, 520 // size, 10_000, 1_000_000 // len(begin)):
+                ends = "" if depth > 10_000 else "0" + end * depth
+                with self.subTest(begin, depth=depth):
+                    reply = request("POST", url + "/json", {"Content-Type": "application/json"},
+                                    (begin * depth + ends).encode())
+                    fine = depth * size < 500
+                    self.assertEqual(reply.status, 200 if fine else 400)
+                    client.send_text('{"channel":"____","message":"echo","payload":'
+                                     + begin * depth + ends + "}")
+                    self.assertIn(begin * depth if fine else "none", client.recv_text())
+        # Many, and in strings, are not deep.
+        values: list[Any] = [[[[[]]]] * 5000, ["[{" * 5000, '\\"[{\\\\' * 5000]]
+        for value in values:
+            client.send_json({"channel": "____", "message": "echo", "payload": value})
+            self.assertEqual(client.recv_json()["payload"], value)
+        terminal.type("\n")
+        terminal.expect("(?i)circular.*\n.*too deep\ndone\n")
+        terminal.type("\n")
 
     def test_without_free_descriptors_accepting_pauses(self) -> None:
         terminal = self.script("""
@@ -4374,18 +4628,27 @@ sys.stdin.read()
 
     def test_messages_that_are_none(self) -> None:
         app, url = self.serving(max_send_buffer=2048)
-        client = self.client(url, "a")
+        client = self.client(url, "a", subprotocol="webchannels.v1")
         sender = "0123456789abcdef"
-        for text in ("garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,null]\n{}",
-                     sender + "[1,[]]\n{}", sender + "[1,[[]],null]\nx",
-                     sender + "[1,[],null]\n" + "x" * 3000):
+        texts = [
+            "garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,null]\n{}",
+            sender + "[1,[]]\n{}", sender + "[1,[[]],null]\nx",
+            sender + "[0,[],null]\n" + "x" * 3000,
+            *(f"{sender}[{kind},[],null]\n{body}" for kind in (1, 3, "true", '"x"') for body in (
+                '{"ref":1,"payload":"spoofed"}', '[1]', '"a"', "{", "[" * 2000,
+                '{"error":"spoofed","channel":"a","message":"x"}',
+                '{"channel":"a","message":"x","payload":1,"ref":1}',
+                '{"channel":"b","message":"x","payload":1}',
+                '{"channel":"a","message":1,"payload":1}',
+                '{"channel":"a","message":"x","payload":NaN}'))]
+        for text in texts:
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
         self.redis.ask("PUBLISH", "webchannels/0/a", f'"{sender}[1,[],null]\\n\\xff"')
-        app.broadcast("a", "fine")
-        self.assertEqual(client.recv_text(), "fine")
-        self.until(lambda: self.log.count("not a broadcast of ours"))
+        fine = '{"channel":"a","message":"x","payload":{"ref":1}}'
+        self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(f"{sender}[1,[],null]\n{fine}"))
+        self.assertEqual(client.recv_text(), fine)
         app.down()
-        self.assertEqual(self.log.count("7 more like this: not a broadcast of ours"), 1)
+        self.assertEqual(self.log.count(f"{len(texts)} more like this: not a broadcast of ours"), 1)
 
     # Other engines.
 

@@ -116,7 +116,6 @@ class Config:
 
 # ---------------------------------------------------------------------------------------- log
 
-
 _TELL_AGAIN = 10.0  # seconds
 
 
@@ -146,8 +145,9 @@ class Sparing(logging.Filter):
             trace = traceback.walk_tb(error.__traceback__) if error else ()
             places = frozenset([(frame.f_code, number) for frame, number in trace])
             kind = str(kind), places if len(self._kinds) < 1000 else None
-            if kind in self._kinds:
-                told, kept_back, level, line = self._kinds[kind]
+            known = self._kinds.get(kind)
+            if known:
+                told, kept_back, level, line = known
                 self._kinds[kind] = told, kept_back + 1, level, line
                 return False
         text = record.getMessage()
@@ -171,7 +171,7 @@ class Sparing(logging.Filter):
                 if kept_back and now < math.inf:
                     self._kinds[kind] = now, 0, level, line
                 else:
-                    del self._kinds[kind]
+                    self._kinds.pop(kind, None)  # or another app's thread has
 
 
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
@@ -187,7 +187,7 @@ logger.addFilter(sparing)
 _SEGMENTS: dict[type, re.Pattern[str]] = {
     int: re.compile(r"-?[0-9]{1,300}"),
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
-    str: re.compile(r".+", re.DOTALL),
+    str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
 
 
@@ -215,7 +215,13 @@ class Endpoint:
         parameters = inspect.signature(handler).parameters.values()
         self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
-        self.takes = [each.name for each in named]
+        self.bound: set[str] = set()  # what functools.partial() binds is the program's alone
+        inner: Any = handler
+        while inner is not None:
+            partial = isinstance(inner, functools.partial)
+            self.bound.update(inner.keywords if partial else ())
+            inner = inner.func if partial else getattr(inner, "__wrapped__", None)
+        self.takes = [each.name for each in named if each.name not in self.bound]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
         for each in named:
@@ -225,8 +231,8 @@ class Endpoint:
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
-        if not self.takes_any:
-            given = {name: given[name] for name in self.takes if name in given}
+        names = {*given} - self.bound if self.takes_any else self.takes
+        given = {name: given[name] for name in names if name in given}
         try:
             return self.handler(**given)
         except StopIteration as error:  # before Python 3.12 no future can hold it
@@ -283,13 +289,24 @@ class Router:
 # ----------------------------------------------------------------------------------- messages
 
 
+_MAX_NAME = 256  # characters of a channel's or a message's name
+_MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
+# CPython 3.12 and 3.13 bound how deep C calls itself by a number, whatever the stack can take.
+_MAY_CRASH = (3, 12) <= sys.version_info < (3, 14)
+_FLAT = {str, int, float, bool, type(None)}  # types in which nothing is nested
+_ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
+
+
 class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
+    """Raised by a channel's handler: the sender is told its text, up to 8,192 characters.
+
+    Example: raise ChannelError("Full")
+    """
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
 # 4,300 digits, whose cost is quadratic; old Pythons have to be told.
-_decoder = json.JSONDecoder(
+_decoder: Any = json.JSONDecoder(
     parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
     lambda text: int(text if len(text) <= 4300 else ""))
 _json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
@@ -303,6 +320,8 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
     encoder = _encoder if default is None else _json(default=default)
+    if _MAY_CRASH and value.__class__ not in _FLAT:
+        check_depth_of(value)
     try:
         text = encoder.encode(value)
         if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
@@ -314,14 +333,72 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
         raise TypeError(f"{error}: set config.json_default to what converts it") from None
 
 
+def to_utf8(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair, which has none, as JSON's escape for it: `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def check_name(channel: str) -> None:
+    """Raises ValueError for what no channel can be called."""
+    if not channel or len(channel) > _MAX_NAME or channel.strip("/") != channel:
+        raise ValueError(f"a channel's name has 1 to {_MAX_NAME} characters, the first and the "
+                         f"last no slash: not {printable(channel, 40)!r}")
+
+
+def check_depth_of(value: Any) -> None:
+    """Raises ValueError for a value that is circular, or nested twice as deep as `_MAX_DEPTH`."""
+    level: list[Any] = [[value]]
+    for _ in range(2 * _MAX_DEPTH):  # twice: a program may wrap what it was sent
+        level = [each for outer in level
+                 for each in (outer.values() if isinstance(outer, dict) else outer)
+                 if each.__class__ not in _FLAT and isinstance(each, (dict, list, tuple))]
+        if not level:
+            return
+        if len(level) > 1000:  # one may be there many times
+            level = [*{id(each): each for each in level}.values()]
+    raise ValueError("the payload is circular or nested too deep")
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, or is nested too deep."""
+    check_depth(text)
+    try:
+        return _decoder.decode(text)
+    except RecursionError:  # of a handler that is deep in a recursion itself
+        raise ValueError("JSON nested too deep") from None
+
+
+def check_depth(text: str) -> None:
+    """Raises ValueError for a JSON text that is nested deeper than `_MAX_DEPTH`.
+
+    Its decoder is recursive C, which on some Pythons would rather crash than say so.
+    """
+    if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
+        return
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return
+    data = text.encode("utf-8", "replace").replace(b"\\\\", b"").replace(b'\\"', b"")
+    data = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")  # most strings are gone
+    brackets = b"".join(data.split(b'"')[::2])
+    for _ in range(8):  # this leaves little to look at one by one
+        brackets = brackets.replace(b"[]", b"")
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket == 91 else -1  # "["
+        if depth > _MAX_DEPTH:
+            raise ValueError("JSON nested too deep")
+
+
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None."""
     text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
     if text[:1] != "{":
         return None
     try:
-        envelope, end = _decoder.raw_decode(text)
-    except (ValueError, RecursionError):
+        if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
+            check_depth(text)
+        envelope, end = _decoder.scan_once(text, 0)  # raw_decode() is slower
+    except (ValueError, RecursionError, StopIteration):
         return None
     if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
         return None
@@ -338,8 +415,13 @@ _FIELDS = re.compile(rf"(?:\r\n{_TOKEN.pattern}:{_TEXT.pattern})*")
 _HEAD = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])({_FIELDS.pattern})")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,18}")  # no sign, no space, not two of them
-_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;{_TEXT.pattern})?")
+_QUOTED = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110, 5.6.4
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{_TOKEN.pattern}|{_QUOTED}))?"
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*".encode("latin-1"))
 _BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
+_MAX_FIELDS = 100  # of a request's header
+# No browser sends these in a form; to make sense of a million of them takes half a second.
+_NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
 _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate, usegmt=True))
@@ -376,10 +458,14 @@ class Request:
             raise HTTPError(505)
         self.body, self.address, self.http_1_0 = b"", "", minor == "0"
         self.headers: dict[str, str] = {}
+        if fields.count("\r\n") > _MAX_FIELDS:
+            raise HTTPError(431)
         for line in fields.split("\r\n")[1:]:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip(" \t")
-            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+            if name in self.headers:  # RFC 9113, 8.2.3: a cookie may hold a comma
+                value = f"{self.headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
+            self.headers[name] = value
         hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
         if self.target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host counts
             self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
@@ -398,8 +484,10 @@ class Request:
     @property
     def cookies(self) -> dict[str, str]:
         """The cookies by name, without quotes around them. Example: request.cookies.get("user")"""
+        # RFC 6265, 5.2: spaces and tabs only, or "\xa0__Host-a" would become "__Host-a".
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
+        return {key: value.strip(" \t").strip('"') for name, _, value in pairs
+                if (key := name.strip(" \t"))}
 
     def members(self, name: str) -> list[str]:
         """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
@@ -408,17 +496,22 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
+        The body of a GET or HEAD says nothing (RFC 9110, 9.3.1).
         Raises HTTPError 400 for what cannot be read. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         try:
             found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
-            if kind == "application/x-www-form-urlencoded":
+            if not self.body or self.method in ("GET", "HEAD"):
+                pass
+            elif kind == "application/x-www-form-urlencoded":
+                if _NOT_IN_A_FORM.search(self.body):
+                    raise HTTPError(400, "A form is ASCII, with % only before two digits")
                 found.update(_parse_form(self.body.decode()))
-            elif self.body and (kind == "application/json" or kind.endswith("+json")):
-                payload = _decoder.decode(self.body.decode())
+            elif kind == "application/json" or kind.endswith("+json"):
+                payload = load_json(self.body.decode())
                 found.update(payload if isinstance(payload, dict) else {}, payload=payload)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise HTTPError(400, "The parameters cannot be read") from None
         return found
 
@@ -436,11 +529,11 @@ class Response:
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
         if isinstance(body, str):
-            self.body, kind = body.encode(), "text/html; charset=utf-8"
+            self.body, kind = to_utf8(body), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
             self.body, kind = bytes(body), "application/octet-stream"
         else:
-            self.body, kind = dump_json(body, json_default).encode(), "application/json"
+            self.body, kind = to_utf8(dump_json(body, json_default)), "application/json"
         given: Any = headers or ()
         pairs = list(given.items() if hasattr(given, "items") else given)
         if self.body and "content-type" not in [name.lower() for name, _ in pairs]:
@@ -472,44 +565,54 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
     What two readers might understand differently is refused, never repaired.
     """
-    def take(size: int) -> Any:
-        while len(buffer) < size:
-            yield b""
-        part = bytes(buffer[:size])
-        del buffer[:size]
-        return part
-
     def until(end: bytes, limit: int, status: int) -> Any:
-        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        """Wait for `end`; return where it is. Raises 431 past the limit, or `status` on one line.
+        """
         seen = 0
         while (at := buffer.find(end, seen, limit)) < 0:
             if _BAD_LINE_END.search(buffer, seen, limit):
                 raise HTTPError(400, "Bad line ending")
             if len(buffer) >= limit:
-                raise HTTPError(431 if b"\n" in buffer[:limit] else status)
+                begin = bytes(buffer[:limit])
+                raise HTTPError(431 if b"\n" in begin else status if b" " in begin else 400)
             seen = max(len(buffer) - 3, 0)  # `end` may have begun there
             yield b""
-        return (yield from take(at)).decode("latin-1")
+        return at
 
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        size = -1
+        at, end, size, count = 0, 0, -1, 0
         while size:
-            match = _CHUNK_SIZE.fullmatch((yield from until(b"\r\n", 256, 400)))
+            count += 1
+            if count > 1000 + len(body) // 16:  # the work is in their number
+                raise HTTPError(400, "Too many tiny chunks")
+            end = buffer.find(b"\r\n", at, at + 256)
+            if end < 0:
+                del buffer[:at]
+                at, end = 0, (yield from until(b"\r\n", 256, 400))
+            match = _CHUNK_SIZE.fullmatch(bytes(buffer[at:end]))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
             if size:
-                chunk = yield from take(2 + size + 2)  # with the line ends around it
-                if not chunk.endswith(b"\r\n"):
+                start = end + 2
+                if len(buffer) < start + size + 2:
+                    del buffer[:start]
+                    start = 0
+                    while len(buffer) < size + 2:
+                        yield b""
+                at = start + size + 2
+                if buffer[at - 2:at] != b"\r\n":
                     raise HTTPError(400, "Bad chunk")
-                body += chunk[2:-2]
-        if not _FIELDS.fullmatch((yield from until(b"\r\n\r\n", settings.max_header_size, 431))):
+                body += buffer[start:at - 2]
+        del buffer[:end]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 431)
+        if not _FIELDS.fullmatch(buffer[:end].decode("latin-1")):
             raise HTTPError(400, "Bad trailer")
-        del buffer[:4]
+        del buffer[:end + 4]
         return bytes(body)
 
     def request() -> Any:
@@ -519,8 +622,8 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
                 yield None
             else:
                 del buffer[:2]
-        request = Request((yield from until(b"\r\n\r\n", settings.max_header_size, 414)))
-        del buffer[:4]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 414)
+        request = Request(buffer[:end].decode("latin-1"))
         length = request.headers.get("content-length", "0")
         chunked = "transfer-encoding" in request.headers
         if not _LENGTH.fullmatch(length):
@@ -534,11 +637,20 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         size = int(length)
         if size > settings.max_body_size:
             raise HTTPError(413)
+        if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
+            raise HTTPError(400, "HEAD has no body")
+        del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
         if size or chunked:
             expect = request.headers.get("expect", "").lower()
             if expect == "100-continue" and not (request.http_1_0 or buffer):
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
-            request.body = yield from chunks() if chunked else take(size)
+        if chunked:
+            request.body = yield from chunks()
+        elif size:
+            while len(buffer) < size:
+                yield b""
+            request.body = bytes(buffer[:size])
+            del buffer[:size]
         return request
 
     while True:
@@ -854,9 +966,9 @@ class Push:
             body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
             if payload is not None:
                 body += f',"payload":{dump_json(payload, settings.json_default)}'
-            enveloped = f"{body}}}".encode()
+            enveloped = to_utf8(f"{body}}}")
             # Without the subprotocol a plain string travels as it is.
-            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
+            self._bodies = (to_utf8(message) if payload is None else enveloped, enveloped)
         elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
@@ -894,7 +1006,7 @@ _LARGE = 8192  # bytes: what is larger may take long, and stands in line at once
 # From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 # What the handler that is running may ask for.
-_params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+_params: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
 
 
@@ -1143,7 +1255,7 @@ class HTTPConnection(Connection):
         logger.warning("refused %s: %s", self._address, error)
         self._begun, self._done = False, True
         self._wait(_LINGER)
-        self._transport.write(error.response.encode(close=True))
+        self._transport.write(error.response.encode(self._buffer.startswith(b"HEAD "), close=True))
         if not half_close(self._transport):
             self._transport.close()
 
@@ -1367,7 +1479,7 @@ class ChannelClient(Connection):
                 name, payload = (result, None) if isinstance(result, str) else (message, result)
                 self._push(Push(settings, channel or settings.default_channel, name, payload))
                 return
-        body = text.encode()
+        body = to_utf8(text)
         check_size(settings, body)
         self._write(encode_message(TEXT, body, bits, settings.compression_threshold))
 
@@ -1398,10 +1510,12 @@ class ChannelClient(Connection):
             logger.info("%r: %s: %s", self, path, text)
         else:
             logger.error("the handler of %s failed", path, exc_info=error)
+        text = text[:8192]
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
             text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
-        self._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
+        self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
+                                   self._app.config.compression_threshold))
 
     def _write(self, frame: bytes) -> None:
         if self._done:  # RFC 6455, 5.5.1: nothing follows a Close frame
@@ -1676,6 +1790,7 @@ def _command(*words: bytes) -> bytes:
 
 # ---------------------------------------------------------------------------------------- app
 
+_MAX_OPEN = 10_000  # channels that anyone may subscribe to
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
@@ -1693,8 +1808,8 @@ class WebChannels:
         self.config = config or Config()
         self._routes, self._channels = Router(), Router()
         self._open: set[str] = set()  # channels that anyone may subscribe to
-        self._on_connect: dict[str, Endpoint] = {}
-        self._on_disconnect: dict[str, Endpoint] = {}
+        self._on_connect: list[Endpoint] = []
+        self._on_disconnect: list[Endpoint] = []
         self._lock, self._done = threading.RLock(), threading.Event()
         self._reset()
         _apps.add(self)
@@ -1726,10 +1841,11 @@ class WebChannels:
               method: str = "GET", threaded: bool = False) -> Callable[[H], H]:
         """Answer requests for `path` with what `handler` returns; a decorator or a plain call.
 
-        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering the
-        same path and method again replaces the handler, also while serving. The handler returns
-        str (HTML), bytes, dict or list (JSON), a Response, or None (204). `threaded=True` runs a
-        `def` handler in a thread. Raises TypeError or ValueError for what cannot work.
+        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str); no value has a
+        slash. Registering the same path and method again replaces the handler, also while serving.
+        What functools.partial() binds, no request can give. The handler returns str (HTML), bytes,
+        dict or list (JSON), a Response, or None (204). `threaded=True` runs a `def` handler in a
+        thread. Raises TypeError or ValueError for what cannot work.
         Example: route("/hello/:name", lambda name: f"Hello, {html.escape(name)}!")
         """
         if not _TOKEN.fullmatch(method):
@@ -1761,27 +1877,40 @@ class WebChannels:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
         It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
-        `client.send()`, but the client is not connected yet, so it cannot be subscribed. A function
-        of the same name replaces it. Example: on_connect(lambda client: client.send("Welcome"))
+        `client.send()`, but the client is not connected yet, so it cannot be subscribed. Handlers
+        add up, and are called in order; a function that is defined again takes its own place.
+        Example: on_connect(lambda client: client.send("Welcome"))
         """
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_connect[endpoint.name] = endpoint
-        return handler
+        return self._add(self._on_connect, handler)
 
     def on_disconnect(self, handler: H) -> H:
         """Call `handler` when a client has left, as `on_connect()`. Example: on_disconnect(log)"""
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_disconnect[endpoint.name] = endpoint
+        return self._add(self._on_disconnect, handler)
+
+    def _add(self, endpoints: list[Endpoint], handler: H) -> H:
+        added = Endpoint(handler, supplied=_CLIENT_NAMES)
+        for at, known in enumerate(endpoints):
+            if is_redefined(known.handler, handler):
+                logger.warning("%s takes its own place: it is defined again", added.name,
+                               extra=ALWAYS)
+                endpoints[at] = added
+                break
+        else:
+            endpoints.append(added)
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of the request or message being handled: all, as a dict, or one.
 
-        Raises RuntimeError outside a handler. Example: params("name", "nobody")
+        Raises RuntimeError outside a handler, and HTTPError 400 if a form or JSON cannot be read.
+        Example: params("name", "nobody")
         """
         given = _params.get()
         if given is None:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
+        if None in given:  # see _respond()
+            given.update({**given[None].params(), **given})
+            given.pop(None)
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
@@ -1796,12 +1925,19 @@ class WebChannels:
         `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
         path of this server is served if it has no route. Register channels other than the default
         one when the program starts, too: an open page may come back to a restarted server. Raises
-        ValueError for a bad channel name. Example: channels_support("room", src="/channels.js")
+        ValueError for a bad channel name, and for the 10,001st.
+        Example: channels_support("room", src="/channels.js")
         """
         channel = self.config.default_channel if channel is None else channel
-        if not channel or channel.strip("/") != channel:
-            raise ValueError(f"not a channel's name: {channel!r}")
-        self._open.add(channel)
+        check_name(channel)
+        if channel not in self._open and not self._guarded(channel):
+            if len(self._open) >= _MAX_OPEN:
+                raise ValueError(f"{_MAX_OPEN:,} channels are open: guard others with a handler")
+            if _params.get() is not None and channel != self.config.default_channel:
+                logger.warning("a handler opened the channel %r by channels_support(): call that "
+                               "when the program starts, or guard the channel with a handler for "
+                               "its message subscribe", channel)
+            self._open.add(channel)
         base = self.config.base_path.rstrip("/")
         attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path,
                       "nonce": nonce, "src": src}
@@ -1855,12 +1991,17 @@ class WebChannels:
         if not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
-                kind, without, among = _decoder.decode(head.decode())
-                text = "" if kind == BINARY else body.decode()  # no browser could read other bytes
-                push = Push(self.config, channel, body if kind else text)
-                push._opcode = BINARY if kind == BINARY else TEXT
+                kind, without, among = load_json(head.decode())
+                push = Push(self.config, channel, body if kind else body.decode())
+                if kind != BINARY and kind:  # nothing else may come by: it could look like a reply
+                    envelope = load_json(body.decode())
+                    if ({*envelope} != {"channel", "message", "payload"}
+                            or envelope["channel"] != channel
+                            or type(envelope["message"]) is not str):
+                        raise ValueError("not an envelope of this channel")
+                    push._opcode = TEXT
                 self._send(channel, push, set(without), None if among is None else set(among))
-            except (TypeError, ValueError, RecursionError) as error:
+            except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
     @_on_loop
@@ -1886,8 +2027,10 @@ class WebChannels:
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
         """Subscribe `client` to `channel`; False if it is gone.
 
-        Raises ChannelError past `config.max_subscriptions`. Example: subscribe(client, "room")
+        Raises ChannelError past `config.max_subscriptions`, ValueError for a bad channel name.
+        Example: subscribe(client, "room")
         """
+        check_name(channel)
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
@@ -1936,7 +2079,7 @@ class WebChannels:
         self._left_at[client] = time.monotonic()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
-        for endpoint in list(self._on_disconnect.values()):
+        for endpoint in list(self._on_disconnect):
             self._track(asyncio.ensure_future(notify(endpoint)))
 
     def _track(self, task: asyncio.Future[Any]) -> None:
@@ -2019,7 +2162,7 @@ class WebChannels:
                 origin = "", "", ref if exact else None
                 # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
                 if (not exact or type(channel) is not str or type(message) is not str
-                        or "/" in message):
+                        or "/" in message or len(channel) > _MAX_NAME or len(message) > _MAX_NAME):
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
@@ -2047,10 +2190,14 @@ class WebChannels:
         if message == "subscribe" and channel in self._open:
             self.subscribe(client, channel)
             return "Subscription: OK"
-        if message == "unsubscribe" and (channel in self._open or channel in client.channels):
+        if message == "unsubscribe" and (channel in self._open or channel in client.channels
+                                         or self._guarded(channel)):
             self.unsubscribe(client, channel)
             return "Unsubscription: OK"
         raise HTTPError(404)
+
+    def _guarded(self, channel: str) -> bool:
+        return self._channels.find(f"/{channel}/subscribe") is not None
 
     # HTTP.
 
@@ -2097,7 +2244,11 @@ class WebChannels:
             if method not in METHODS:
                 raise HTTPError(501)
             raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
-        given = {**request.params(), **dict(zip(endpoint.path_names, values)), "request": request}
+        given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
+        if endpoint.takes_any or {*endpoint.takes} - {*given}:
+            given = {**request.params(), **given}
+        else:
+            given[None] = request  # its parameters are read when the handler asks for them
         for name in endpoint.required:
             if name not in given:
                 raise HTTPError(400, f"The parameter {name} is missing")
@@ -2117,7 +2268,7 @@ class WebChannels:
             raise HTTPError(404)
         head, dialect = accept_handshake(request, self.config.compression)
         client = ChannelClient(self, request, dialect, head)
-        for endpoint in list(self._on_connect.values()):
+        for endpoint in list(self._on_connect):
             await self._invoke(endpoint, {"client": client, "request": request})
         return client
 
@@ -2134,8 +2285,9 @@ class WebChannels:
         """Is its page allowed (RFC 6455, 10.2), if a browser sent it? Raises HTTPError 403."""
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
-        if allowed is None:
-            allowed = [f"{self.url.partition(':')[0]}://{request.headers.get('host')}"]
+        if allowed is None:  # same origin; a request of HTTP/1.0 may have no host
+            host = request.headers.get("host")
+            allowed = [f"{self.url.partition(':')[0]}://{host}"] if host else []
         if text is not None and allowed != "*":
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
@@ -2357,6 +2509,16 @@ class WebChannels:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.RLock()
         self._reset()
+
+
+def is_redefined(old: Any, new: Any) -> bool:
+    """Is `new` a later definition of the same function?
+
+    Lambdas, methods, and what is decorated or made by another function share their names.
+    """
+    return (inspect.isfunction(old) and inspect.isfunction(new) and "<" not in new.__qualname__
+            and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+            and not hasattr(old, "__wrapped__") and not hasattr(new, "__wrapped__"))
 
 
 @functools.lru_cache(maxsize=256)
