@@ -1798,6 +1798,28 @@ class TimeLimitsTest(ServerTest):
             client.send_raw(b"x")
         self.assertEqual(client.recv_close(), (1013, "frame not finished in time"))
 
+    def test_a_silent_client_is_dropped_though_its_handler_is_busy(self) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(60)
+
+        self.app.channel("/____/wait", wait)
+        self.app.config.shutdown_timeout = 0.2
+        client = self.connect(auto_reply=False)
+        client.send_json({"channel": "____", "message": "wait"})
+        self.assertEqual(client.recv(), (PING, b""))
+        with self.assertRaises((EOFError, ConnectionError)):
+            client.recv()
+
+    def test_who_is_refused_and_stays_is_cut(self) -> None:
+        self.app.config.keep_alive_timeout = self.app.config.handshake_timeout = 60
+        self.app.config.max_clients = 1
+        with Connection(self.url) as connection:
+            connection.send_raw(b"nonsense\r\n\r\n")
+            self.assertEqual(connection.response().status, 400)
+            self.assertEqual(connection.rest(), b"")
+            self.assertEqual(request("GET", self.url).status, 503)  # it is still there
+            self.until(lambda: request("GET", self.url).status == 200)
+
     def test_who_is_always_in_the_middle_of_a_frame_may_stay(self) -> None:
         self.app.config.handshake_timeout = 0.6
         client = self.connect()
