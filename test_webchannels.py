@@ -2227,6 +2227,9 @@ class MessagesTest(ServerTest):
                     {"channel": "____", "message": "e/cho"}):
             plain.send_json(bad)
             self.assertEqual(plain.recv_text(), "ERROR : 400 - Bad message", bad)
+            v1.send_json({"ref": 7, **bad})  # the answer has the ref, if that is one
+            about = {"channel": "", "message": ""} if "ref" in bad else {"ref": 7}
+            self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", **about}, bad)
         plain.send_text('{"channel":' + "[" * 100_000)
         self.assertIn(plain.recv_text(), ("ERROR : 400 - JSON nested too deep", nothing))
         plain.send_text('{"channel":' + "9" * 100_000 + "}")
