@@ -1984,7 +1984,8 @@ class WhoMayComeInTest(ServerTest):
                 fields = {"Host": "localhost:8000"} | ({} if origin is None else {"Origin": origin})
                 self.assertEqual(request("POST", self.url, fields).status,
                                  200 if origin in good else 403)
-                self.assertEqual(request("GET", self.url, fields).status, 200)
+                for method, status in ("GET", 200), ("HEAD", 200), ("OPTIONS", 204):
+                    self.assertEqual(request(method, self.url, fields).status, status)
         self.assertEqual(self.shake("http://localhost", "localhost:80"), 101)
         self.app.config.allowed_origins = ["https://example.com", "http://example.com:8080"]
         for origin, status in (("https://example.com", 101), ("https://example.com:443", 101),
@@ -2661,6 +2662,9 @@ class RegistryTest(ServerTest):
         self.until(lambda: app.disconnected_clients() == [first])
         self.assertEqual(self.until(lambda: self.left), [first])
         self.assertFalse(first.connected or first.send("x") or app.subscribe(first, "room"))
+        self.assertFalse(app.subscribe(first, "later"))
+        self.assertEqual(app.subscriptions(), {})
+        self.assertEqual(app.disconnected_clients("later"), [])
         self.assertEqual(app.disconnected_clients("room"), [first])
         self.assertEqual(app.disconnected_clients("____"), [])
         self.assertEqual(app.connected_clients(), [second])
