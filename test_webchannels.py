@@ -34,6 +34,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import warnings
 import zlib
@@ -2228,8 +2229,10 @@ class MessagesTest(ServerTest):
                     {"channel": "____", "message": "e/cho"}):
             plain.send_json(bad)
             self.assertEqual(plain.recv_text(), "ERROR : 400 - Bad message", bad)
-            v1.send_json({"ref": 7, **bad})  # the answer has the ref, if that is one
-            about = {"channel": "", "message": ""} if "ref" in bad else {"ref": 7}
+            about: JsonObject = {"ref": 7}  # the answer has it, if it is one
+            v1.send_json({**about, **bad})
+            if "ref" in bad:
+                about = {"channel": "", "message": ""}
             self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", **about}, bad)
         plain.send_text('{"channel":' + "[" * 100_000)
         self.assertIn(plain.recv_text(), ("ERROR : 400 - JSON nested too deep", nothing))
@@ -2261,13 +2264,14 @@ class MessagesTest(ServerTest):
     def test_integers_of_very_many_digits(self) -> None:
         """Their cost is quadratic: Python refuses them, but old ones must be told."""
         message = '{"channel":"____","message":"echo","payload":%s}'
-        spec = importlib.util.spec_from_file_location("old_webchannels", webchannels.__file__)
-        assert spec and spec.loader
-        old = importlib.util.module_from_spec(spec)
-        limit = vars(sys).pop("set_int_max_str_digits", None)
+        source = (HERE / "webchannels.py").read_text(encoding="utf-8")
+        old: Any = types.ModuleType("old_webchannels")
+        limit = getattr(sys, "set_int_max_str_digits", None)
         try:
+            if limit:
+                del sys.set_int_max_str_digits
             with mock.patch.dict(sys.modules, {"old_webchannels": old}):
-                spec.loader.exec_module(old)
+                exec(compile(source, "old_webchannels.py", "exec"), vars(old))
         finally:
             if limit:
                 sys.set_int_max_str_digits = limit
