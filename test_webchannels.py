@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import warnings
 import zlib
@@ -1913,6 +1914,28 @@ class TimeLimitsTest(ServerTest):
             client.send_raw(b"x")
         self.assertEqual(client.recv_close(), (1013, "message not finished in time"))
 
+    def test_a_silent_client_is_dropped_though_its_handler_is_busy(self) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(60)
+
+        self.app.channel("/____/wait", wait)
+        self.app.config.shutdown_timeout = 0.2
+        client = self.connect(auto_reply=False)
+        client.send_json({"channel": "____", "message": "wait"})
+        self.assertEqual(client.recv(), (PING, b""))
+        with self.assertRaises((EOFError, ConnectionError)):
+            client.recv()
+
+    def test_who_is_refused_and_stays_is_cut(self) -> None:
+        self.app.config.keep_alive_timeout = self.app.config.handshake_timeout = 60
+        self.app.config.max_clients = 1
+        with Connection(self.url) as connection:
+            connection.send_raw(b"nonsense\r\n\r\n")
+            self.assertEqual(connection.response().status, 400)
+            self.assertEqual(connection.rest(), b"")
+            self.assertEqual(request("GET", self.url).status, 503)  # it is still there
+            self.until(lambda: request("GET", self.url).status == 200)
+
     def test_who_is_always_in_the_middle_of_a_frame_may_stay(self) -> None:
         self.app.config.handshake_timeout = 0.6
         client = self.connect()
@@ -2330,7 +2353,8 @@ class WhoMayComeInTest(ServerTest):
                 fields = {"Host": "localhost:8000"} | ({} if origin is None else {"Origin": origin})
                 self.assertEqual(request("POST", self.url, fields).status,
                                  200 if origin in good else 403)
-                self.assertEqual(request("GET", self.url, fields).status, 200)
+                for method, status in ("GET", 200), ("HEAD", 200), ("OPTIONS", 204):
+                    self.assertEqual(request(method, self.url, fields).status, status)
         self.assertEqual(self.shake("http://localhost", "localhost:80"), 101)
         self.app.config.allowed_origins = ["https://example.com", "http://example.com:8080"]
         for origin, status in (("https://example.com", 101), ("https://example.com:443", 101),
@@ -2746,6 +2770,11 @@ class MessagesTest(ServerTest):
                     {"channel": "____", "message": "e/cho"}):
             plain.send_json(bad)
             self.assertEqual(plain.recv_text(), "ERROR : 400 - Bad message", bad)
+            about: JsonObject = {"ref": 7}  # the answer has it, if it is one
+            v1.send_json({**about, **bad})
+            if "ref" in bad:
+                about = {"channel": "", "message": ""}
+            self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", **about}, bad)
         plain.send_text('{"channel":' + "[" * 100_000)
         self.assertIn(plain.recv_text(), ("ERROR : 400 - JSON nested too deep", nothing))
         plain.send_text('{"channel":' + "9" * 100_000 + "}")
@@ -2776,13 +2805,14 @@ class MessagesTest(ServerTest):
     def test_integers_of_very_many_digits(self) -> None:
         """Their cost is quadratic: Python refuses them, but old ones must be told."""
         message = '{"channel":"____","message":"echo","payload":%s}'
-        spec = importlib.util.spec_from_file_location("old_webchannels", webchannels.__file__)
-        assert spec and spec.loader
-        old = importlib.util.module_from_spec(spec)
-        limit = vars(sys).pop("set_int_max_str_digits", None)
+        source = (HERE / "webchannels.py").read_text(encoding="utf-8")
+        old: Any = types.ModuleType("old_webchannels")
+        limit = getattr(sys, "set_int_max_str_digits", None)
         try:
+            if limit:
+                del sys.set_int_max_str_digits
             with mock.patch.dict(sys.modules, {"old_webchannels": old}):
-                spec.loader.exec_module(old)
+                exec(compile(source, "old_webchannels.py", "exec"), vars(old))
         finally:
             if limit:
                 sys.set_int_max_str_digits = limit
@@ -3214,6 +3244,9 @@ class RegistryTest(ServerTest):
         self.until(lambda: app.disconnected_clients() == [first])
         self.assertEqual(self.until(lambda: self.left), [first])
         self.assertFalse(first.connected or first.send("x") or app.subscribe(first, "room"))
+        self.assertFalse(app.subscribe(first, "later"))
+        self.assertEqual(app.subscriptions(), {})
+        self.assertEqual(app.disconnected_clients("later"), [])
         self.assertEqual(app.disconnected_clients("room"), [first])
         self.assertEqual(app.disconnected_clients("____"), [])
         self.assertEqual(app.connected_clients(), [second])
