@@ -3263,9 +3263,11 @@ class RegistryTest(ServerTest):
         plain.recv_text()
         a, b, c, d = app.connected_clients()
         big = "\u20ac" * 2000
+        none = webchannels._NO_PAYLOAD
         for message, payload, text, value in (
-                ("Hey!", None, "Hey!", {"channel": "____", "message": "Hey!"}),
-                (big, None, big, {"channel": "____", "message": big}),
+                ("Hey!", none, "Hey!", {"channel": "____", "message": "Hey!"}),
+                ("Hey!", None, None, {"channel": "____", "message": "Hey!", "payload": None}),
+                (big, none, big, {"channel": "____", "message": big}),
                 ("tick", {"n": [1, None]}, None,
                  {"channel": "____", "message": "tick", "payload": {"n": [1, None]}}),
                 ("tick", [float("nan"), float("inf"), (1.5,), {"a": -float("inf")}], None,
@@ -3276,7 +3278,7 @@ class RegistryTest(ServerTest):
                 ("tick", ["NaN", {"-Infinity": float("nan")}, "\u20ac"], None,
                  {"channel": "____", "message": "tick",
                   "payload": ["NaN", {"-Infinity": None}, "\u20ac"]}),
-                ('{"ref":1}', None, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
+                ('{"ref":1}', none, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
             self.assertTrue(app.broadcast("____", message, payload))
             for client in clients:
                 self.assertEqual(client.recv_json(), value)
@@ -3288,6 +3290,7 @@ class RegistryTest(ServerTest):
         self.assertTrue(app.broadcast("____", b"\0\1"))
         for client in [*clients, plain]:
             self.assertEqual(client.recv(), (BINARY, b"\0\1"))
+        self.assertIn("payload: 'Any' = <none>", str(inspect.signature(app.broadcast)))
         app.subscribe(a, "room")
         self.assertTrue(app.broadcast(["room", "____", "nobody's"], "x", exclude=[b, c]))
         self.assertEqual([clients[0].recv_json()["channel"] for _ in range(2)], ["room", "____"])
@@ -3298,10 +3301,14 @@ class RegistryTest(ServerTest):
         self.assertFalse(app.broadcast("____", "z", exclude=[a, b, c, d]))
         self.assertFalse(app.broadcast([], "z"))
         a.send("last")
+        a.send("last", None)
         d.send("last", {"a": 1}, channel="room")
-        self.assertEqual(clients[0].recv_json(), {"channel": "____", "message": "last"})
-        self.assertEqual(plain.recv_json(), {"channel": "room", "message": "last",
-                                             "payload": {"a": 1}})
+        d.send("last", None, channel="room")
+        last = {"channel": "____", "message": "last"}
+        self.assertEqual([clients[0].recv_json() for _ in range(2)],
+                         [last, {**last, "payload": None}])
+        self.assertEqual([plain.recv_json() for _ in range(2)], [
+            {"channel": "room", "message": "last", "payload": value} for value in ({"a": 1}, None)])
 
     def test_a_broadcast_is_deflated_once_for_all(self) -> None:
         clients = [self.subscribed(deflate=True) for _ in range(3)]
@@ -3323,6 +3330,7 @@ class RegistryTest(ServerTest):
         cases: list[tuple[Any, Any, type[Exception]]] = [
                 ("x", object(), TypeError), ("x", {1, 2}, TypeError), ("x", circle, ValueError),
                 ({"a": 1}, None, TypeError), (5, None, TypeError), (b"x", 1, TypeError),
+                (b"x", None, TypeError),
                 ("x" * 10_001, None, ValueError), ("x", "y" * 10_001, ValueError),
                 ("x", deep, ValueError)]
         for message, payload, error in cases:
@@ -4250,9 +4258,10 @@ sys.stdin.read()
         plain = self.client(second, "a", redis=False)
         other = next(client for client in two.connected_clients("b"))
         self.assertTrue(one.broadcast("a", "text"))
-        self.assertFalse(one.broadcast("b", "b has nobody here", None))
+        self.assertFalse(one.broadcast("b", "b has nobody here"))
         one.broadcast(["a", "b"], "several", {"n": float("nan"), "long": "é" * 5000})
         one.broadcast("a", "nan", float("nan"))
+        one.broadcast("a", "nan", None)
         one.broadcast("a", b"\x00\xff\n")
         one.broadcast("a", "")
         one.broadcast("a", "not to there", exclude=other)
@@ -4264,17 +4273,17 @@ sys.stdin.read()
         text, nan = {"channel": "a", "message": "text"}, {"channel": "a", "message": "nan",
                                                           "payload": None}
         empty, last = {"channel": "a", "message": ""}, {"channel": "a", "message": "last"}
-        self.assertEqual([read(there) for _ in range(9)], [
+        self.assertEqual([read(there) for _ in range(10)], [
             text, {"channel": "b", "message": "b has nobody here"}, {"channel": "a", **several},
-            {"channel": "b", **several}, nan, b"\x00\xff\n", empty,
+            {"channel": "b", **several}, nan, nan, b"\x00\xff\n", empty,
             {"channel": "a", "message": "only to there"}, last])
-        self.assertEqual([read(here) for _ in range(8)], [
-            text, {"channel": "a", **several}, nan, b"\x00\xff\n", empty,
+        self.assertEqual([read(here) for _ in range(9)], [
+            text, {"channel": "a", **several}, nan, nan, b"\x00\xff\n", empty,
             {"channel": "a", "message": "not to there"},
             {"channel": "a", "message": "not to there either"}, last])
         self.assertEqual(plain.recv_text(), "text")
         self.assertEqual(plain.recv_json()["channel"], "a")
-        self.assertEqual(plain.recv_json(), nan)
+        self.assertEqual([plain.recv_json(), plain.recv_json()], [nan, nan])
         self.assertEqual(plain.recv(), (BINARY, b"\x00\xff\n"))
         self.assertEqual([plain.recv_text() for _ in range(4)],
                          ["", "not to there", "not to there either", "last"])

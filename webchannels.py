@@ -954,22 +954,30 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
     return encode_frame(opcode, body)
 
 
+class _NoPayload:
+    def __repr__(self) -> str:
+        return "<none>"  # in pydoc
+
+
+_NO_PAYLOAD: Any = _NoPayload()  # None is one: null
+
+
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
 
     def __init__(self, settings: Config, channel: str, message: str | bytes,
-                 payload: Any = None) -> None:
+                 payload: Any = _NO_PAYLOAD) -> None:
         """Raises TypeError or ValueError for what cannot be sent."""
         self._opcode, self._threshold = TEXT, settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
         if isinstance(message, str):
             body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
-            if payload is not None:
+            if payload is not _NO_PAYLOAD:
                 body += f',"payload":{dump_json(payload, settings.json_default)}'
             enveloped = to_utf8(f"{body}}}")
             # Without the subprotocol a plain string travels as it is.
-            self._bodies = (to_utf8(message) if payload is None else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+            self._bodies = (to_utf8(message) if payload is _NO_PAYLOAD else enveloped, enveloped)
+        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is _NO_PAYLOAD:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
@@ -1326,13 +1334,14 @@ class ChannelClient(Connection):
                 f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
 
     @_on_loop
-    def send(self, message: str | bytes, payload: Any = None, *,
+    def send(self, message: str | bytes, payload: Any = _NO_PAYLOAD, *,
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
 
-        `channel` is the one that the page sees: by default that of the message being handled, or
-        `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
-        Example: client.send("tick", {"n": 1})
+        With a `payload`, None too, the page's handler for the message gets it; without, a plain
+        text goes to parse_payload. `channel` is the one that the page sees: by default that of the
+        message being handled, or `config.default_channel`. Raises TypeError or ValueError for what
+        cannot be sent. Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
         if channel is None and given.get("client") is self:
@@ -1476,8 +1485,8 @@ class ChannelClient(Connection):
             elif not (v1 or channel or message):
                 text = dump_json(result, settings.json_default)
             else:
-                name, payload = (result, None) if isinstance(result, str) else (message, result)
-                self._push(Push(settings, channel or settings.default_channel, name, payload))
+                pushed: Any = (result,) if isinstance(result, str) else (message, result)
+                self._push(Push(settings, channel or settings.default_channel, *pushed))
                 return
         body = to_utf8(text)
         check_size(settings, body)
@@ -1954,13 +1963,16 @@ class WebChannels:
     # The registry.
 
     @_on_loop
-    def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
-                  *, exclude: Clients = (), only: Clients | None = None) -> bool:
+    def broadcast(self, channels: str | Iterable[str], message: str | bytes,
+                  payload: Any = _NO_PAYLOAD, *, exclude: Clients = (),
+                  only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
-        `exclude` and `only` are clients, or their ids, also those of other processes. True if
-        anyone in this process was there to be sent it. Raises TypeError or ValueError for what
-        cannot be sent, before anything is. Example: broadcast("room", "tick", {"n": 1})
+        With a `payload`, None too, the page's handler for the message gets it; without, a plain
+        text goes to parse_payload. `exclude` and `only` are clients, or their ids, also those of
+        other processes. True if anyone in this process was there to be sent it. Raises TypeError or
+        ValueError for what cannot be sent, before anything is.
+        Example: broadcast("room", "tick", {"n": 1})
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
