@@ -79,6 +79,7 @@ class Attack:
     peers: tuple[str, ...] = ()
     many: int = 100  # connections
     quick: int = 100  # connections of the short form; 0: it is left out
+    together: bool = False  # it needs them all, to make others wait
     oldest: bool = False  # the short form tries it on the oldest Python, too
     cpu: bool = True  # False: what it costs is the program's own work, or that of connecting
     given: int = 0  # bytes for each connection that are a handler's own: what it was given
@@ -153,7 +154,7 @@ ATTACKS = {
                              + frame(CONTINUATION, b"a"), PLAIN, quick=1, peers=WEBSOCKETS),
     "dialects": Attack("clients that want the same broadcast of 900 KB in 14 ways", b"",
                        lambda n: offers(n) + frame(TEXT, say("subscribe", channel="news").encode()),
-                       "stay", many=14, quick=14, cpu=False),
+                       "stay", many=14, quick=14, cpu=False, together=True),
     # What there is much of.
     "messages": Attack("small valid messages", frame(TEXT, say("echo").encode()), PLAIN, quick=1,
                        peers=WEBSOCKETS),
