@@ -80,7 +80,7 @@ class Attack:
     many: int = 100  # connections
     quick: int = 100  # connections of the short form; 0: it is left out
     together: bool = False  # it needs them all, to make others wait
-    oldest: bool = False  # the short form tries it on the oldest Python, too
+    everywhere: bool = False  # to be tried on every Python: they differ
     cpu: bool = True  # False: what it costs is the program's own work, or that of connecting
     given: int = 0  # bytes for each connection that are a handler's own: what it was given
     settings: dict[str, Any] = field(default_factory=dict)
@@ -120,24 +120,23 @@ ATTACKS = {
         TEXT, say("echo", '"%s"' % ("a" * 900)).encode()), PLAIN, reads=False, peers=WEBSOCKETS),
     "large": Attack("answers of 500 KB that nobody reads", request("GET /large HTTP/1.1"),
                     then="stay", reads=False, cpu=False, quick=0),
-    "pipeline": Attack("requests without an end on one connection", GET, quick=1, oldest=True,
-                       peers=HTTP),
+    "pipeline": Attack("requests without an end on one connection", GET, quick=1, peers=HTTP),
     "pipeline-unread": Attack("the same, and the answers are not read", GET, reads=False,
                               peers=HTTP),
     # What takes long.
     "bombs": Attack("1 MiB of JSON in 1 KB, deflated", deflated(
         say("echo", "[" + ",".join(["[]"] * 349_000) + "]")), DEFLATE, quick=1, peers=WEBSOCKETS),
     "nested": Attack("JSON nested 100,000 deep", frame(TEXT, say("echo", nested(100_000)).encode()),
-                     PLAIN, quick=1, oldest=True, peers=WEBSOCKETS),
+                     PLAIN, quick=1, peers=WEBSOCKETS),
     "nested-less": Attack("JSON nested as deep as it may be decoded, and encoded", lambda n: frame(
-        TEXT, say("echo", nested(500 + 97 * n % 10_000)).encode()), PLAIN, quick=1, oldest=True,
+        TEXT, say("echo", nested(500 + 97 * n % 10_000)).encode()), PLAIN, quick=1, everywhere=True,
         peers=WEBSOCKETS),
     "nested-post": Attack("the same, posted", lambda n: request(
         "POST / HTTP/1.1", IS_JSON, body=nested(500 + 97 * n % 10_000).encode()), quick=1,
         peers=HTTP),
     "numbers": Attack("JSON of integers with 4,300 digits", frame(
         TEXT, say("echo", "[" + ",".join(["9" * 4300] * 200) + "]").encode()), PLAIN, quick=1,
-        oldest=True, peers=WEBSOCKETS),
+        peers=WEBSOCKETS),
     "work": Attack("messages whose handler computes for 5 ms", frame(TEXT, say("work").encode()),
                    PLAIN, quick=1, cpu=False),
     "form": Attack("1 MiB of %, and a letter that is not ASCII, as a form", request(
