@@ -97,8 +97,10 @@ ATTACKS = {
         TEXT, WIDE.encode(), fin=False), PLAIN, "stay", peers=WEBSOCKETS),
     "declared": Attack("a deflated frame that declares 2**62 bytes", b"\xc1\xff\x40" + bytes(11),
                        DEFLATE, "stay", begun=True, peers=WEBSOCKETS),
+    "closing": Attack("frames that break the protocol, and the Close is not answered",
+                      frame(3, b""), PLAIN, "stay", begun=True),
     "headers": Attack("handshakes with 16 KB of tiny header fields, and stay", b"",
-                      handshake(*JUNK), "stay", many=200, quick=200),
+                      handshake(*JUNK), "stay", many=200, quick=0),
     "header-visits": Attack("the same, by clients that leave at once", b"", handshake(*JUNK),
                             "leave", many=20, quick=20),
     "bodies": Attack("1 MiB of JSON posted, and the connection kept", request(
@@ -109,6 +111,9 @@ ATTACKS = {
         f"GET /page/{n}{'a' * 200}%F0%9F%98%80 HTTP/1.1"), quick=1),
     "names": Attack("subscriptions to names of 1 MiB, deflated", lambda n: deflated(
         say("subscribe", channel=f"{n}{'a' * (MIB - 99)}{EMOJI}")), DEFLATE, quick=1),
+    "more-names": Attack("1,000 subscriptions to names of 250 characters", lambda n: b"".join(
+        frame(TEXT, say("subscribe", channel=f"{n}-{each}-{'a' * 240}{EMOJI}").encode())
+        for each in range(1000)), PLAIN, "stay"),
     "tls": Attack("TLS handshakes that never begin, 500 where 50 are let in", then="stay",
                   begun=True, many=500, quick=500, settings={"max_clients": 50}),
     "busy": Attack("1 MiB of text with an emoji, deflated, again while a handler waits",
@@ -127,7 +132,7 @@ ATTACKS = {
     "bombs": Attack("1 MiB of JSON in 1 KB, deflated", deflated(
         say("echo", "[" + ",".join(["[]"] * 349_000) + "]")), DEFLATE, quick=1, peers=WEBSOCKETS),
     "nested": Attack("JSON nested 100,000 deep", frame(TEXT, say("echo", nested(100_000)).encode()),
-                     PLAIN, quick=1, peers=WEBSOCKETS),
+                     PLAIN, quick=0, peers=WEBSOCKETS),
     "nested-less": Attack("JSON nested as deep as it may be decoded, and encoded", lambda n: frame(
         TEXT, say("echo", nested(500 + 97 * n % 10_000)).encode()), PLAIN, quick=1, everywhere=True,
         peers=WEBSOCKETS),
@@ -157,7 +162,7 @@ ATTACKS = {
     # What there is much of.
     "messages": Attack("small valid messages", frame(TEXT, say("echo").encode()), PLAIN, quick=1,
                        peers=WEBSOCKETS),
-    "empty": Attack("empty messages", frame(TEXT, b""), PLAIN, quick=1, peers=WEBSOCKETS),
+    "empty": Attack("empty messages", frame(TEXT, b""), PLAIN, quick=0, peers=WEBSOCKETS),
     "unknown": Attack("deflated messages of 20 KB to a channel that is none", deflated(
         say("x", channel="\\u001b[2J\\n" * 1700)), handshake(OFFER, V1), quick=1,
                       settings={"log": "INFO"}),
@@ -172,7 +177,7 @@ ATTACKS = {
     "repeated": Attack("requests with 3,900 times the same field", request(
         "GET / HTTP/1.1", *["a:"] * 3900), quick=0),
     "extensions": Attack("handshakes that offer 16 KB of extensions", b"", handshake(
-        OFFER + "; a" * 5400), "leave", many=20, quick=20),
+        OFFER + "; a" * 5400), "leave", many=20, quick=0),
     "malformed": Attack("requests that are none", b"GET / HTTP/9.9\r\n\r\n", then="leave", many=20,
                         quick=20, cpu=False),
     "frames-that-fail": Attack("frames that break the protocol", frame(3, b""), PLAIN, "leave",
