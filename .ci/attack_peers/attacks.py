@@ -90,7 +90,7 @@ ATTACKS = {
     # What stays.
     "fragment": Attack("1 MiB of text with an emoji, deflated, never ended",
                        deflated(WIDE, fin=False), DEFLATE, "stay", begun=True, peers=WEBSOCKETS),
-    "fragment-visits": Attack("the same, by clients that leave at once",
+    "fragment-visits": Attack("such a text, by clients that leave at once",
                               deflated(WIDE, fin=False), DEFLATE, "leave", many=20, quick=20,
                               peers=WEBSOCKETS),
     "plain-fragment": Attack("1 MiB of text with an emoji, never ended", frame(
@@ -101,7 +101,7 @@ ATTACKS = {
                       frame(3, b""), PLAIN, "stay", begun=True),
     "headers": Attack("handshakes with 16 KB of tiny header fields, and stay", b"",
                       handshake(*JUNK), "stay", many=200, quick=0),
-    "header-visits": Attack("the same, by clients that leave at once", b"", handshake(*JUNK),
+    "header-visits": Attack("such handshakes, by clients that leave at once", b"", handshake(*JUNK),
                             "leave", many=20, quick=20),
     "bodies": Attack("1 MiB of JSON posted, and the connection kept", request(
         "POST / HTTP/1.1", IS_JSON, body=b'"%s"' % (b"a" * (MIB - 2))), then="stay", peers=HTTP),
@@ -126,7 +126,7 @@ ATTACKS = {
     "large": Attack("answers of 500 KB that nobody reads", request("GET /large HTTP/1.1"),
                     then="stay", reads=False, cpu=False, quick=0),
     "pipeline": Attack("requests without an end on one connection", GET, quick=1, peers=HTTP),
-    "pipeline-unread": Attack("the same, and the answers are not read", GET, reads=False,
+    "pipeline-unread": Attack("such requests, and the answers are not read", GET, reads=False,
                               peers=HTTP),
     # What takes long.
     "bombs": Attack("1 MiB of JSON in 1 KB, deflated", deflated(
@@ -136,7 +136,7 @@ ATTACKS = {
     "nested-less": Attack("JSON nested as deep as it may be decoded, and encoded", lambda n: frame(
         TEXT, say("echo", nested(500 + 97 * n % 10_000)).encode()), PLAIN, quick=1, everywhere=True,
         peers=WEBSOCKETS),
-    "nested-post": Attack("the same, posted", lambda n: request(
+    "nested-post": Attack("such JSON, posted", lambda n: request(
         "POST / HTTP/1.1", IS_JSON, body=nested(500 + 97 * n % 10_000).encode()), quick=1,
         peers=HTTP),
     "numbers": Attack("JSON of integers with 4,300 digits", frame(
@@ -146,7 +146,7 @@ ATTACKS = {
                    PLAIN, quick=1, cpu=False),
     "form": Attack("1 MiB of %, and a letter that is not ASCII, as a form", request(
         "POST / HTTP/1.1", FORM, body=b"%" * (MIB - 2) + "é".encode()), quick=1, peers=HTTP),
-    "form-unasked": Attack("the same, with GET", request(
+    "form-unasked": Attack("such a form, with GET", request(
         "GET / HTTP/1.1", FORM, body=b"%" * (MIB - 2) + "é".encode()), quick=0),
     "chunks": Attack("a body in chunks of one byte", request(
         "POST / HTTP/1.1", "Transfer-Encoding: chunked") + b"1\r\na\r\n" * 43_000 + b"0\r\n\r\n",
