@@ -1,6 +1,8 @@
 """The attacks of .ci/attack: what each connection sends, and what is expected of the server."""
 from __future__ import annotations
 
+import base64
+import random
 import zlib
 from dataclasses import dataclass, field
 from typing import Any, Callable
@@ -59,6 +61,13 @@ def nested(depth: int) -> str:
     return "[" * depth + "]" * depth
 
 
+def bomb(ratio: int) -> bytes:
+    """1 MiB of JSON that costs much, deflated to so many times less, with what is not deflated."""
+    filler = base64.b64encode(random.Random(1).randbytes(MIB // ratio)).decode()
+    lists = ",[]" * ((MIB - len(filler) - 99) // 3)
+    return deflated(say("echo", f'["{filler}"{lists}]'))
+
+
 def offers(n: int) -> bytes:
     """A handshake, of the nth of 14 kinds: what is deflated for one is of no use to another."""
     window = f"{OFFER}; server_max_window_bits={9 + n % 7}"
@@ -75,6 +84,7 @@ class Attack:
     first: bytes | Callable[[int], bytes] = b""  # a handshake, whose answer is awaited
     then: str = "again"
     reads: bool = True
+    window: int = 0  # bytes that its kernel takes, where it does not read; 0: as many as it likes
     begun: bool = False  # it stays unfinished: the server is to end the connection in time
     peers: tuple[str, ...] = ()
     many: int = 100  # connections
@@ -123,14 +133,18 @@ ATTACKS = {
         given=25 * MIB),
     "unread": Attack("echoes that nobody reads", frame(
         TEXT, say("echo", '"%s"' % ("a" * 900)).encode()), PLAIN, reads=False, peers=WEBSOCKETS),
-    "large": Attack("answers of 500 KB that nobody reads", request("GET /large HTTP/1.1"),
-                    then="stay", reads=False, cpu=False, quick=0),
+    "large": Attack("answers of 2 MB that nobody reads", request("GET /large HTTP/1.1"),
+                    then="stay", reads=False, window=4096, cpu=False, quick=0),
     "pipeline": Attack("requests without an end on one connection", GET, quick=1, peers=HTTP),
     "pipeline-unread": Attack("such requests, and the answers are not read", GET, reads=False,
                               peers=HTTP),
     # What takes long.
-    "bombs": Attack("1 MiB of JSON in 1 KB, deflated", deflated(
-        say("echo", "[" + ",".join(["[]"] * 349_000) + "]")), DEFLATE, quick=1, peers=WEBSOCKETS),
+    "bombs": Attack("1 MiB of JSON deflated to 2 KB", bomb(500), DEFLATE, quick=1,
+                     peers=WEBSOCKETS),
+    "bombs-100": Attack("1 MiB of JSON deflated to 10 KB", bomb(100), DEFLATE, quick=1,
+                         peers=WEBSOCKETS),
+    "bombs-20": Attack("1 MiB of JSON deflated to 50 KB", bomb(20), DEFLATE, quick=1,
+                        peers=WEBSOCKETS),
     "nested": Attack("JSON nested 100,000 deep", frame(TEXT, say("echo", nested(100_000)).encode()),
                      PLAIN, quick=0, peers=WEBSOCKETS),
     "nested-less": Attack("JSON nested as deep as it may be decoded, and encoded", lambda n: frame(

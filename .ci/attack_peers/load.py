@@ -108,6 +108,8 @@ class Load:
             with socket.socket() as sock, contextlib.suppress(OSError):
                 sock.setblocking(False)
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self.attack.window:
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self.attack.window)
                 await self.loop.sock_connect(sock, ("127.0.0.1", self.server.port))
                 self.connections += 1
                 self.open += 1

@@ -44,6 +44,12 @@ def webchannels(port: int, path: str, settings: Dict[str, Any]) -> None:
         app.params("name")  # the form, or the JSON
         return "thanks"
 
+    def page(name: str) -> str:
+        try:
+            return app.channels_support(name)
+        except Exception:  # too long, or too many
+            return "There is no such page"
+
     def work() -> None:
         end = time.perf_counter() + 0.005
         while time.perf_counter() < end:
@@ -64,8 +70,8 @@ def webchannels(port: int, path: str, settings: Dict[str, Any]) -> None:
 
     app.route("/", lambda: PAGE)
     app.route("/", post, method="POST")
-    app.route("/large", lambda: bytes(500_000))
-    app.route("/page/:name", lambda name: app.channels_support(name))
+    app.route("/large", lambda: b"x" * 2_000_000)
+    app.route("/page/:name", page)
     for path, handler in (("/____/echo", lambda payload: payload), ("/____/work", work),
                           ("/____/nap", nap), ("/:room/subscribe", guard)):
         app.channel(path, handler)
