@@ -92,7 +92,7 @@ class Attack:
     together: bool = False  # it needs them all, to make others wait
     everywhere: bool = False  # to be tried on every Python: they differ
     cpu: bool = True  # False: what it costs is the program's own work, or that of connecting
-    given: int = 0  # bytes for each connection that are a handler's own: what it was given
+    given: int = 0  # bytes for each connection that are the program's own: a payload, an answer
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -133,8 +133,8 @@ ATTACKS = {
         given=25 * MIB),
     "unread": Attack("echoes that nobody reads", frame(
         TEXT, say("echo", '"%s"' % ("a" * 900)).encode()), PLAIN, reads=False, peers=WEBSOCKETS),
-    "large": Attack("answers of 2 MB that nobody reads", request("GET /large HTTP/1.1"),
-                    then="stay", reads=False, window=4096, cpu=False, quick=0),
+    "large": Attack("answers of 6 MB that nobody reads", request("GET /large HTTP/1.1"),
+                    then="stay", reads=False, window=4096, cpu=False, given=6_000_000),
     "pipeline": Attack("requests without an end on one connection", GET, quick=1, peers=HTTP),
     "pipeline-unread": Attack("such requests, and the answers are not read", GET, reads=False,
                               peers=HTTP),

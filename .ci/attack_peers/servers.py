@@ -70,7 +70,7 @@ def webchannels(port: int, path: str, settings: Dict[str, Any]) -> None:
 
     app.route("/", lambda: PAGE)
     app.route("/", post, method="POST")
-    app.route("/large", lambda: b"x" * 2_000_000)
+    app.route("/large", lambda: b"x" * 6_000_000)
     app.route("/page/:name", page)
     for path, handler in (("/____/echo", lambda payload: payload), ("/____/work", work),
                           ("/____/nap", nap), ("/:room/subscribe", guard)):
