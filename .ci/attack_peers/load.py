@@ -89,10 +89,10 @@ class Load:
                 await asyncio.sleep(0)  # the others
 
     async def room(self, sock: socket.socket) -> None:
-        there = self.loop.create_future()
-        self.loop.add_writer(sock, lambda: there.done() or there.set_result(None))
+        there = asyncio.Event()
+        self.loop.add_writer(sock, there.set)
         try:
-            await there
+            await there.wait()
         finally:
             self.loop.remove_writer(sock)
 
