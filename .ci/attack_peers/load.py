@@ -65,8 +65,10 @@ class Load:
         while time.monotonic() < end and self.server.memory() - base < STOP \
                 and self.server.process.poll() is None:
             await asyncio.sleep(0.02)
+        while self.attack.begun and self.open and time.monotonic() < end + 2:
+            await asyncio.sleep(0.02)  # the last began late
         self.received = max(0, self.sent - self.server.queued())
-        self.still_open, self.peak = self.open, self.server.memory("VmHWM")
+        self.still_open = self.open
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
