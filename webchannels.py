@@ -291,9 +291,6 @@ class Router:
 
 _MAX_NAME = 256  # characters of a channel's or a message's name
 _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
-# CPython 3.12 and 3.13 bound how deep C calls itself by a number, whatever the stack can take.
-_MAY_CRASH = (3, 12) <= sys.version_info < (3, 14)
-_FLAT = {str, int, float, bool, type(None)}  # types in which nothing is nested
 _ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
 
 
@@ -320,8 +317,6 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
     """
     encoder = _encoder if default is None else _json(default=default)
-    if _MAY_CRASH and value.__class__ not in _FLAT:
-        check_depth_of(value)
     try:
         text = encoder.encode(value)
         if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
@@ -343,20 +338,6 @@ def check_name(channel: str) -> None:
     if not channel or len(channel) > _MAX_NAME or channel.strip("/") != channel:
         raise ValueError(f"a channel's name has 1 to {_MAX_NAME} characters, the first and the "
                          f"last no slash: not {printable(channel, 40)!r}")
-
-
-def check_depth_of(value: Any) -> None:
-    """Raises ValueError for a value that is circular, or nested twice as deep as `_MAX_DEPTH`."""
-    level: list[Any] = [[value]]
-    for _ in range(2 * _MAX_DEPTH):  # twice: a program may wrap what it was sent
-        level = [each for outer in level
-                 for each in (outer.values() if isinstance(outer, dict) else outer)
-                 if each.__class__ not in _FLAT and isinstance(each, (dict, list, tuple))]
-        if not level:
-            return
-        if len(level) > 1000:  # one may be there many times
-            level = [*{id(each): each for each in level}.values()]
-    raise ValueError("the payload is circular or nested too deep")
 
 
 def load_json(text: str) -> Any:
@@ -1010,6 +991,7 @@ _PIECE = 128 * 1024  # bytes of a long answer that are handed to the transport a
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
 _TURN = 0.001  # seconds for which a connection goes on before it stands in line
+_LONG = 0.01  # seconds: after what took longer, the line stands still for as long
 _LARGE = 8192  # bytes: what is larger may take long, and stands in line at once
 # From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
@@ -1078,6 +1060,7 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._transport = self._writer = None
         self._peer_done, self._behind = True, False
+        self._app._freed = True
         self._wait(self._app.config.abandoned_timeout)
 
     def _abandon(self) -> None:
@@ -1800,6 +1783,7 @@ def _command(*words: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------- app
 
 _MAX_OPEN = 10_000  # channels that anyone may subscribe to
+_TRIM = 1.0  # seconds from one time to the next that freed memory is given back
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
@@ -1840,6 +1824,7 @@ class WebChannels:
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
         self._line: collections.deque[Connection] = collections.deque()  # these wait for a turn
         self._moving = False  # someone has a turn, or will have one
+        self._freed = False  # may the system get memory back?
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
         self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
@@ -2122,16 +2107,19 @@ class WebChannels:
 
     def _next_turns(self) -> None:
         """Those at the head of the line go on; then the loop does other things, too."""
+        self._freed = True
         self._moving = bool(self._line)
         if self._moving:
-            self._soon(self._next_turns)
-        ends = time.monotonic() + _TURN
-        for _ in range(len(self._line)):
-            connection = self._line.popleft()
-            connection._in_line = False
-            connection._work(my_turn=True)
-            if time.monotonic() > ends:
-                break
+            begun = now = time.monotonic()
+            while self._line and now <= begun + _TURN:
+                connection = self._line.popleft()
+                connection._in_line = False
+                connection._work(my_turn=True)
+                now = time.monotonic()
+            if self._loop and now > begun + _LONG:  # the others have as long
+                self._loop.call_later(now - begun, self._next_turns)
+            else:
+                self._soon(self._next_turns)
 
     # Calling handlers.
 
@@ -2462,6 +2450,7 @@ class WebChannels:
 
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
+        trim_at = 0.0
         while True:
             settings = self.config
             times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
@@ -2470,6 +2459,9 @@ class WebChannels:
             await asyncio.sleep(pause)
             now = time.monotonic()
             sparing.tell_counts(now)
+            if self._freed and now >= trim_at:
+                self._freed, trim_at = False, now + _TRIM
+                trim_memory()
             for connection in (*self._http, *self._sockets):
                 connection._check(now, pause)
             self._left_at = {client: left for client, left in self._left_at.items()
@@ -2531,6 +2523,14 @@ def is_redefined(old: Any, new: Any) -> bool:
     return (inspect.isfunction(old) and inspect.isfunction(new) and "<" not in new.__qualname__
             and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
             and not hasattr(old, "__wrapped__") and not hasattr(new, "__wrapped__"))
+
+
+def trim_memory() -> None:
+    """Have glibc return to the system what is free: from a peak, it could keep all for ever."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
+            import ctypes
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.lru_cache(maxsize=256)
