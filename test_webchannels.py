@@ -785,6 +785,9 @@ class RouterTest(unittest.TestCase):
         for register in (app.route, app.channel):
             with self.assertRaisesRegex(TypeError, "asks for 'payload' .positional-only"):
                 register("/____/x", lambda payload, /: None)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "anyone could give what channels_support"):
+                register("/____/x", app.channels_support)
         app.channel("/:room/x", lambda room, payload, other=1, *rest, **more: None)
         for name in ("", "/a", "a/", "/", "x" * 257):
             with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
@@ -4448,7 +4451,7 @@ class InChromium(BrowserTest):
     def test_a_channel_name_cannot_break_out_of_the_script(self) -> None:
         name = """a"b'c</script><!--<script>&lt;\\u2028\u2028`${1}"""
         self.app.route("/", lambda: RECORD + self.app.channels_support(name) + "<h1>end</h1>")
-        with serve(self.app) as url:
+        with quiet(), serve(self.app) as url:
             page = self.page(url)
             page.wait_console("Subscription ready")
             self.assertEqual(page.evaluate("document.body.innerText.trim()"), "end")

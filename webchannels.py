@@ -1669,6 +1669,9 @@ class WebChannels:
     def _register(self, router: Router, method: str, path: str, handler: Any,
                   *about: Any) -> Callable[[H], H]:
         def register(handler: H) -> H:
+            if getattr(handler, "__func__", None) in vars(WebChannels).values():
+                raise TypeError(f"anyone could give what {handler.__name__}() takes, by a query: "
+                                "register a function that calls it")
             router.add(path, Endpoint(handler, path, *about), method)
             return handler
         if handler is not None:
