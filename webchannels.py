@@ -166,12 +166,9 @@ class Sparing(logging.Filter):
         """Tell how many lines were kept back, where it is time for it; without `now`, of all."""
         for kind, (told, kept_back, level, line) in list(self._kinds.items()):
             if now >= told + _TELL_AGAIN:
+                self._kinds.pop(kind, None)  # unless another app's thread has done so
                 if kept_back:
                     logger.log(level, "%d more like this: %s", kept_back, line, extra=ALWAYS)
-                if kept_back and now < math.inf:
-                    self._kinds[kind] = now, 0, level, line
-                else:
-                    self._kinds.pop(kind, None)  # or another app's thread has
 
 
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
@@ -477,15 +474,15 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
-        The body of a GET or HEAD says nothing (RFC 9110, 9.3.1).
+        The body of a GET says nothing (RFC 9110, 9.3.1).
         Raises HTTPError 400 for what cannot be read. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not self.body or self.method == "GET":
+            kind = ""
         try:
             found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
-            if not self.body or self.method in ("GET", "HEAD"):
-                pass
-            elif kind == "application/x-www-form-urlencoded":
+            if kind == "application/x-www-form-urlencoded":
                 if _NOT_IN_A_FORM.search(self.body):
                     raise HTTPError(400, "A form is ASCII, with % only before two digits")
                 found.update(_parse_form(self.body.decode()))
@@ -1861,6 +1858,9 @@ class WebChannels:
     def _register(self, router: Router, method: str, path: str, handler: Any,
                   *about: Any) -> Callable[[H], H]:
         def register(handler: H) -> H:
+            if getattr(handler, "__func__", None) in vars(WebChannels).values():
+                raise TypeError(f"anyone could give what {handler.__name__}() takes, by a query: "
+                                "register a function that calls it")
             router.add(path, Endpoint(handler, path, *about), method)
             return handler
         if handler is not None:
@@ -1927,7 +1927,7 @@ class WebChannels:
         if channel not in self._open and not self._guarded(channel):
             if len(self._open) >= _MAX_OPEN:
                 raise ValueError(f"{_MAX_OPEN:,} channels are open: guard others with a handler")
-            if _params.get() is not None and channel != self.config.default_channel:
+            if _params.get() is not None:
                 logger.warning("a handler opened the channel %r by channels_support(): call that "
                                "when the program starts, or guard the channel with a handler for "
                                "its message subscribe", channel)
