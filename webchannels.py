@@ -789,8 +789,12 @@ class FrameReader:
             events.append((FAIL, (1007, str(error))))
         self._rest = data[at:]
         if events and events[-1][0] in (FAIL, CLOSE):
-            self._rest, self._message, self.more = None, None, False
+            self.stop()
         return events
+
+    def stop(self) -> None:
+        """Ignore all that comes, and let go of what came."""
+        self._rest, self._message, self.more = None, None, False
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
@@ -1436,8 +1440,8 @@ class ChannelClient(Connection):
         self._held = 0  # all that arrived is handled
         if self._frames.more:
             self._app._line_up(self)
-        elif not self._transport:  # until now it counted against config.max_clients
-            self._app._sockets.pop(self, None)
+        elif not self._transport:
+            self._gone()
         elif self._peer_done:
             self._transport.close()
         else:
@@ -1556,11 +1560,15 @@ class ChannelClient(Connection):
             logger.info("%r dropped: %s", self, why)
             self._transport.abort()
 
+    def _gone(self) -> None:
+        """All is done that was to be done: it no longer counts against config.max_clients."""
+        self._frames.stop()
+        self._app._sockets.pop(self, None)
+
     def _let_go(self) -> None:
         """Of a client that has left, disconnected_clients() tells little: nothing large stays."""
         self.request = Request("GET / HTTP/1.0")
         self.request.address = self.address
-        self._frames = FrameReader(0)
         room = 2048
         for name in list(self.channels):
             room -= 100 + len(name)
@@ -1575,8 +1583,8 @@ class ChannelClient(Connection):
                     logger.info("%r has left: %d messages are dropped", self, len(self._pending))
                 self._pending.clear()
                 self._abandon()
-                self._app._sockets.pop(self, None)
                 self._abort("it did not close in time")
+                self._gone()
             return
         self._frames.refill()
         begun, arrived = self._frames.unfinished() if self._reading else (0, 0)
