@@ -127,10 +127,10 @@ ATTACKS = {
     "tls": Attack("TLS handshakes that never begin, 500 where 50 are let in", then="stay",
                   begun=True, many=500, quick=500, settings={"max_clients": 50}),
     "busy": Attack("1 MiB of text with an emoji, deflated, again while a handler waits",
-                   lambda n: TEXT_BOMB, DEFLATE + frame(TEXT, say("nap").encode()), quick=1),
+                   lambda n: TEXT_BOMB, DEFLATE + frame(TEXT, say("nap").encode())),
     "objects": Attack("1 MiB of JSON, all empty objects, to a handler that waits", frame(
         TEXT, say("nap", "[" + ",".join(["{}"] * 349_000) + "]").encode()), PLAIN, "stay",
-        given=25 * MIB),
+        many=20, quick=20, given=25 * MIB),
     "unread": Attack("echoes that nobody reads", frame(
         TEXT, say("echo", '"%s"' % ("a" * 900)).encode()), PLAIN, reads=False, peers=WEBSOCKETS),
     "large": Attack("answers of 6 MB that nobody reads", request("GET /large HTTP/1.1"),
