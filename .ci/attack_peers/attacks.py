@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 import zlib
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ GET = request("GET / HTTP/1.1")
 V1 = "Sec-WebSocket-Protocol: webchannels.v1"
 PLAIN, DEFLATE = handshake(), handshake(OFFER)
 EMOJI = "\N{GRINNING FACE}"  # one of them makes CPython keep four bytes for each character
-JUNK = [f"a{chr(97 + n // 26 % 26)}{chr(97 + n % 26)}: x" for n in range(1800)]
+JUNK = ["".join(each) + ": x" for each in itertools.product("abcdefghijklm", repeat=3)][:1800]
 FORM = "Content-Type: application/x-www-form-urlencoded"
 IS_JSON = "Content-Type: application/json"
 WIDE = "a" * (MIB - 9) + EMOJI
