@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 import zlib
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ GET = request("GET / HTTP/1.1")
 V1 = "Sec-WebSocket-Protocol: webchannels.v1"
 PLAIN, DEFLATE = handshake(), handshake(OFFER)
 EMOJI = "\N{GRINNING FACE}"  # one of them makes CPython keep four bytes for each character
-JUNK = [f"a{chr(97 + n // 26 % 26)}{chr(97 + n % 26)}: x" for n in range(1800)]
+JUNK = ["".join(each) + ": x" for each in itertools.product("abcdefghijklm", repeat=3)][:1800]
 FORM = "Content-Type: application/x-www-form-urlencoded"
 IS_JSON = "Content-Type: application/json"
 WIDE = "a" * (MIB - 9) + EMOJI
@@ -127,10 +128,10 @@ ATTACKS = {
     "tls": Attack("TLS handshakes that never begin, 500 where 50 are let in", then="stay",
                   begun=True, many=500, quick=500, settings={"max_clients": 50}),
     "busy": Attack("1 MiB of text with an emoji, deflated, again while a handler waits",
-                   lambda n: TEXT_BOMB, DEFLATE + frame(TEXT, say("nap").encode()), quick=1),
+                   lambda n: TEXT_BOMB, DEFLATE + frame(TEXT, say("nap").encode())),
     "objects": Attack("1 MiB of JSON, all empty objects, to a handler that waits", frame(
         TEXT, say("nap", "[" + ",".join(["{}"] * 349_000) + "]").encode()), PLAIN, "stay",
-        given=25 * MIB),
+        many=20, quick=20, given=25 * MIB),
     "unread": Attack("echoes that nobody reads", frame(
         TEXT, say("echo", '"%s"' % ("a" * 900)).encode()), PLAIN, reads=False, peers=WEBSOCKETS),
     "large": Attack("answers of 6 MB that nobody reads", request("GET /large HTTP/1.1"),

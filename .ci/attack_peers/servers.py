@@ -56,7 +56,7 @@ def webchannels(port: int, path: str, settings: Dict[str, Any]) -> None:
             pass
 
     async def nap() -> None:
-        await asyncio.sleep(2)
+        await asyncio.sleep(0.5)
 
     def guard(client: Any, channel: str) -> None:
         app.subscribe(client, channel)
