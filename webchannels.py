@@ -2467,16 +2467,17 @@ class WebChannels:
             await asyncio.sleep(pause)
             now = time.monotonic()
             sparing.tell_counts(now)
+            for connection in (*self._http, *self._sockets):
+                connection._check(now, pause)
+            for client, left in [*self._left_at.items()]:
+                if now - left >= settings.disconnected_ttl:
+                    del self._left_at[client]
+                    self._freed = True
+                elif client not in self._sockets and now - left > settings.abandoned_timeout:
+                    client._let_go()
             if self._freed and now >= trim_at:
                 self._freed, trim_at = False, now + _TRIM
                 trim_memory()
-            for connection in (*self._http, *self._sockets):
-                connection._check(now, pause)
-            self._left_at = {client: left for client, left in self._left_at.items()
-                             if now - left < settings.disconnected_ttl}
-            for client, left in self._left_at.items():
-                if client not in self._sockets and now - left > settings.abandoned_timeout:
-                    client._let_go()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
