@@ -1103,7 +1103,7 @@ class HTTPConnection(Connection):
         app._http.add(self)
         self._wait(app.config.keep_alive_timeout)
         if app._ssl and full:
-            self._lost()
+            self._gone()
             self._transport.abort()
         elif app._ssl:
             self._done = True  # nothing is answered yet
@@ -1124,12 +1124,12 @@ class HTTPConnection(Connection):
             self._transport = await loop.start_tls(
                 self._transport, self, context, server_side=True,
                 ssl_handshake_timeout=settings.handshake_timeout)
-        except OSError as error:  # ssl.SSLError is one
+        except Exception as error:  # event loops differ in which
             logger.info("no TLS handshake with %s: %s", self._address, error)
             self._transport = None
         self._task = None
         if self._transport is None or self._peer_done:
-            self._lost()
+            self._gone()
         else:
             self._done = False
             self._wait(settings.keep_alive_timeout)
@@ -1157,9 +1157,10 @@ class HTTPConnection(Connection):
         self._buffer.clear()
         self._unsent = b""
         if not self._task:
-            self._lost()
+            self._gone()
 
-    def _lost(self) -> None:
+    def _gone(self) -> None:
+        """It no longer counts against config.max_clients."""
         self._done = True
         self._app._http.discard(self)
 
@@ -1206,19 +1207,19 @@ class HTTPConnection(Connection):
         answer = await self._app._answer(request, self)
         if self._done:  # the peer is gone
             self._task = None
-            self._lost()
+            self._gone()
             return
         self._task = None
         settings = self._app.config
         upgraded = isinstance(answer, ChannelClient)
         if upgraded and self._peer_done:
-            self._lost()
+            self._gone()
             self._transport.abort()
         elif upgraded and (self._app._stopping
                            or len(self._app._sockets) >= settings.max_clients):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
-            self._lost()  # as an HTTP connection: what is still due does nothing
+            self._gone()  # as an HTTP connection: what is still due does nothing
             answer._attach(self._writer, self._transport, self._reading)
             answer.data_received(bytes(self._buffer))  # it arrived behind the request
         else:
@@ -1261,13 +1262,13 @@ class HTTPConnection(Connection):
         self._work()
 
     def _check(self, now: float, seconds: float) -> None:
-        if now < self._deadline:
+        if now < self._deadline or self._in_line:
             return
         if self._task:
             self._abandon()
             self._done = True
         if self._transport is None:
-            self._lost()
+            self._gone()
         elif self._behind or self._done:
             self._transport.abort()
         elif self._begun:
@@ -1561,7 +1562,7 @@ class ChannelClient(Connection):
             self._transport.abort()
 
     def _gone(self) -> None:
-        """All is done that was to be done: it no longer counts against config.max_clients."""
+        """It no longer counts against config.max_clients."""
         self._frames.stop()
         self._app._sockets.pop(self, None)
 
