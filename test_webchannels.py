@@ -4851,6 +4851,14 @@ class ReadmeTest(BrowserTest):
             for path in "/inline", "/file":
                 self.open(self.url + path)
 
+    def test_from_genie(self) -> None:
+        with self.start("From Genie"), WebSocketClient(self.url) as client:
+            client.send_json({"channel": "____", "message": "subscribe", "payload": {}})
+            self.assertEqual(client.recv_text(), "Subscription: OK")
+            client.send_json({"channel": "____", "message": "keepalive",
+                              "payload": {"payload": {"timestamp": 1}}})
+            self.assertEqual(client.recv_json()["message"], "keepalive")
+
     def test_on_the_network(self) -> None:
         pem = certificate(self.folder)
         for name in "fullchain.pem", "privkey.pem":
