@@ -32,7 +32,7 @@ var WebChannels = (() => {
   const queue = new Map()    // frame not sent yet -> size
   const requests = new Map() // ref -> frame not answered yet
   // A subscription is what the page wants, of each connection: {channel, promise, resolve, reject,
-  // confirmed (at least once), failures (since then)}.
+  // confirmed (at least once), failures (since then), timer}.
   const subscriptions = new Map() // by channel
 
   // ---- To the page, whose listeners may open() or close() ----
@@ -116,7 +116,7 @@ var WebChannels = (() => {
   const end = (code = 1006, reason = '') => {
     if (state === 'closed') return
     const final = code === 1000 || code === 1008 // the will of the page or the server
-    const opened = state === 'open'
+    const wasOpen = state === 'open'
     const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
     if (wait) timer = setTimeout(tick, wait)
@@ -130,9 +130,9 @@ var WebChannels = (() => {
       queue.clear()
       for (const each of subscriptions.values()) if (!each.confirmed) drop(each, closed)
     }
-    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened, wait })
+    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
     if (wait) emit('debug', { wait })
-    const why = origin === 'null' && !opened && failures < 2
+    const why = origin === 'null' && !wasOpen && failures < 2
       ? 'does config.allowed_origins have "*"?' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
   }
@@ -168,6 +168,7 @@ var WebChannels = (() => {
   const renew = (/** @type {any} */ subscription) => {
     const { channel } = subscription
     const wanted = () => subscriptions.get(channel) === subscription
+    clearTimeout(subscription.timer)
     client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
       if (!wanted()) return
       Object.assign(subscription, { confirmed: true, failures: 0 }).resolve(reply)
@@ -176,13 +177,12 @@ var WebChannels = (() => {
       if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
       if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
         const wait = delay(subscription.failures++)
-        setTimeout(() => wanted() && canSend() && renew(subscription), wait)
+        subscription.timer = setTimeout(() => wanted() && canSend() && renew(subscription), wait)
         emit('debug', { wait, channel })
       } else drop(subscription, error)
       complain({ error: error.message, channel, message: 'subscribe' })
     })
   }
-
   const drop = (/** @type {any} */ { channel, reject }, /** @type {Error} */ error) => {
     subscriptions.delete(channel)
     reject(error)

@@ -3155,7 +3155,7 @@ class DemoTest(unittest.TestCase):
             nonce = re.search("script-src 'nonce-([^']+)'",
                               reply.headers["content-security-policy"])
             assert nonce
-            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 4)
+            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 3)
             with WebSocketClient(url, subprotocol="webchannels.v1") as one, \
                     WebSocketClient(url, subprotocol="webchannels.v1") as two:
                 def tell(client: WebSocketClient, message: str, payload: Any) -> None:

@@ -2149,7 +2149,7 @@ var WebChannels = (() => {
   const queue = new Map()    // frame not sent yet -> size
   const requests = new Map() // ref -> frame not answered yet
   // A subscription is what the page wants, of each connection: {channel, promise, resolve, reject,
-  // confirmed (at least once), failures (since then)}.
+  // confirmed (at least once), failures (since then), timer}.
   const subscriptions = new Map() // by channel
 
   // ---- To the page, whose listeners may open() or close() ----
@@ -2233,7 +2233,7 @@ var WebChannels = (() => {
   const end = (code = 1006, reason = '') => {
     if (state === 'closed') return
     const final = code === 1000 || code === 1008 // the will of the page or the server
-    const opened = state === 'open'
+    const wasOpen = state === 'open'
     const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
     if (wait) timer = setTimeout(tick, wait)
@@ -2247,9 +2247,9 @@ var WebChannels = (() => {
       queue.clear()
       for (const each of subscriptions.values()) if (!each.confirmed) drop(each, closed)
     }
-    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened, wait })
+    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
     if (wait) emit('debug', { wait })
-    const why = origin === 'null' && !opened && failures < 2
+    const why = origin === 'null' && !wasOpen && failures < 2
       ? 'does config.allowed_origins have "*"?' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
   }
@@ -2285,6 +2285,7 @@ var WebChannels = (() => {
   const renew = (/** @type {any} */ subscription) => {
     const { channel } = subscription
     const wanted = () => subscriptions.get(channel) === subscription
+    clearTimeout(subscription.timer)
     client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
       if (!wanted()) return
       Object.assign(subscription, { confirmed: true, failures: 0 }).resolve(reply)
@@ -2293,13 +2294,12 @@ var WebChannels = (() => {
       if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
       if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
         const wait = delay(subscription.failures++)
-        setTimeout(() => wanted() && canSend() && renew(subscription), wait)
+        subscription.timer = setTimeout(() => wanted() && canSend() && renew(subscription), wait)
         emit('debug', { wait, channel })
       } else drop(subscription, error)
       complain({ error: error.message, channel, message: 'subscribe' })
     })
   }
-
   const drop = (/** @type {any} */ { channel, reject }, /** @type {Error} */ error) => {
     subscriptions.delete(channel)
     reject(error)
@@ -2442,14 +2442,10 @@ form * { padding: 6px 9px; border: 1px solid; border-radius: 9px; font: inherit;
 </form></section><section><h2>On the wire</h2><p id="answer" role="status">Without the wave</p>
 <pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
 <form id="echo" method="dialog"><input id="payload" aria-label="Payload"><button>Echo</button>
-</form></section></main><script nonce="NONCE">
-// To show what is on the wire. A page that shows no such thing needs nothing of this.
-const show = (arrow, frame) => frame.includes('"message":"tick"') || wire.append(arrow, frame, '\n')
-window.WebSocket = class extends WebSocket {
-  constructor (...given) { super(...given).addEventListener('message', e => show('↓ ', e.data)) }
-  send (frame) { show('↑ ', frame); super.send(frame) }
-}
-</script>SUPPORT<script nonce="NONCE">
+</form></section></main>SUPPORT<script nonce="NONCE">
+const show = (arrow, frame = '') =>
+  frame && !frame.includes('"message":"tick"') && wire.append(arrow, frame, '\n')
+WebChannels.addEventListener('debug', e => { show('↑ ', e.detail.out); show('↓ ', e.detail.in) })
 WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
 WebChannels.subscribe('chat')
 WebChannels.channel('/chat/name', name => { me.textContent = name })
