@@ -4085,7 +4085,7 @@ class DemoTest(unittest.TestCase):
             nonce = re.search("script-src 'nonce-([^']+)'",
                               reply.headers["content-security-policy"])
             assert nonce
-            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 4)
+            self.assertEqual(reply.body.count(f'nonce="{nonce[1]}"'.encode()), 3)
             with WebSocketClient(url, subprotocol="webchannels.v1") as one, \
                     WebSocketClient(url, subprotocol="webchannels.v1") as two:
                 def tell(client: WebSocketClient, message: str, payload: Any) -> None:
@@ -5160,6 +5160,372 @@ class InChromium(BrowserTest):
                 [error] = page.errors  # of console.error(): nothing was uncaught
                 self.assertTrue(error.startswith("WebChannels:"), error)
 
+    # What could lose the client, hijack it or confuse it.
+
+    def test_elements_of_the_page_do_not_stand_in_its_way(self) -> None:
+        evil = 'name=currentScript data-path="http://evil.invalid/" data-channel=evil'
+        elements = [f"<img {evil}>", "<form id=parse_payload></form>", "<a id=Genie></a>",
+                    "<a id=WebChannels></a>", "<iframe name=documentElement></iframe>",
+                    "<img name=addEventListener><img name=hidden><img name=dispatchEvent>"]
+        self.app.route("/client.js", lambda: Response(
+            self.app.channels_script(), content_type="text/javascript"))
+        self.app.route("/:n::int/module", lambda n: (
+            elements[n] + "<script type=module src=/client.js></script>"))
+        self.app.route("/:n::int/script", lambda n: elements[n] + self.app.channels_support())
+        with serve(self.app) as url:
+            for number, element in enumerate(elements):
+                for kind in "script", "module":
+                    with self.subTest(element, kind=kind):
+                        page = self.page(f"{url}/{number}/{kind}")
+                        page.wait_console("Subscription ready")
+                        self.app.broadcast("____", "Hey!")
+                        page.wait_console("Hey!")
+                        self.assertEqual(page.evaluate("Genie.WebChannels.state"), "open")
+                        self.assertEqual(page.errors, [])
+                        page.close()
+        self.assertEqual(len(self.seen), 2 * len(elements))
+
+    def test_as_a_module(self) -> None:
+        self.app.route("/channels.js", lambda: Response(
+            self.app.channels_script(), content_type="text/javascript"))
+        self.app.route("/", lambda: RECORD + """<script type=module>
+            import '/channels.js'
+            window.found = [WebChannels === window.WebChannels, Genie.WebChannels === WebChannels]
+            window.worker = new Promise(done => {
+                new Worker('/channels.js').onerror = event => done(event.message) })
+            </script>""")
+        with serve(self.app) as url:
+            page = self.page(url)
+            page.wait_console("Subscription ready")
+            self.assertEqual(page.evaluate("found"), [True, True])
+            self.heard(page, "hello")
+            self.assertIn("channels.js works in pages only", page.evaluate("worker"))
+
+    def test_a_second_address_on_the_page_is_told(self) -> None:
+        other = WebChannels(Config(base_path="http://127.0.0.1:1"))
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + self.app.channels_support() + """<script>
+                errors = []
+                WebChannels.addEventListener('error', event => errors.push(event.detail.error))
+                </script>""" + other.channels_support("room") + other.channels_support())
+            [error, second] = page.evaluate("errors")
+            self.assertIn("ws://127.0.0.1:1/", error)
+            self.assertIn(f"{url.replace('http', 'ws')}/", error)
+            self.assertEqual(error, second)
+            self.assertEqual(len(page.errors), 2, page.errors)
+            page.evaluate("WebChannels.request('____', 'echo', 0)")
+            [client] = self.app.connected_clients()
+            self.assertEqual(client.channels, {"____"})
+
+    def test_in_pages_without_an_address(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + "<iframe></iframe><iframe></iframe>")
+            inner = json.dumps(self.app.channels_support())
+            page.evaluate(f"""(frames[0].frameElement.srcdoc = {inner},
+                frames[1].frameElement.src = URL.createObjectURL(
+                    new Blob([{inner}], {{type: 'text/html'}})), 0)""")
+            for frame in "frames[0]", "frames[1]":
+                page.wait_for(f"{frame}.WebChannels?.state === 'open'")
+                self.assertEqual(page.evaluate(
+                    f"{frame}.WebChannels.request('____', 'echo', 'x')"), "x")
+
+    def test_a_sandboxed_page_is_told_why_and_does_not_hurry(self) -> None:
+        policy = {"Content-Security-Policy": "sandbox allow-scripts"}
+        self.app.route("/", lambda: Response(
+            "<script>Math.random = () => 0.99; ends = [], errors = []</script>"
+            + self.app.channels_support() + """<script>
+            WebChannels.addEventListener('close', event => ends.push(event.detail))
+            WebChannels.addEventListener('error', event => errors.push(event.detail.error))
+            </script>""",
+            headers=policy))
+        with serve(self.app) as url, quiet():
+            page = self.page(url)
+            page.wait_for("ends.length")
+            self.assertGreater(page.evaluate("ends[0].wait"), 9000)
+            [error] = page.evaluate("errors")
+            self.assertIn("allowed_origins", error)
+            self.app.config.allowed_origins = "*"
+            page.evaluate("WebChannels.open()")
+            page.wait_for(OPEN)
+
+    def test_a_policy_that_forbids_the_connection_is_told_and_final(self) -> None:
+        self.app.route("/", lambda: Response(self.app.channels_support(nonce="a"), headers={
+            "Content-Security-Policy": "script-src 'nonce-a'; connect-src 'none'"}))
+        with serve(self.app) as url:
+            page = self.page(url)
+            page.wait_for(f"{SHOWN} === 'closed'")
+            self.assertTrue(any(each.startswith("WebChannels:") for each in page.errors))
+            self.assertEqual(page.evaluate("WebChannels.subscribe('a').catch(String)"),
+                             "AbortError: Closed")
+
+    def test_a_wrapper_of_websocket_without_its_constants(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + """<script>
+                window.WebSocket = (real => function (...given) { return new real(...given) })(
+                    WebSocket)</script>""")
+            self.heard(page, "hello")
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+
+    # Subscriptions.
+
+    def guarded(self, *outcomes: Any) -> None:
+        """A channel "room" whose guard raises these in turn, the last for ever, or lets in."""
+        left = list(outcomes)
+        self.asked: list[Any] = []
+
+        @self.app.channel("/room/subscribe")
+        async def guard(client: ChannelClient) -> None:
+            outcome = left.pop(0) if len(left) > 1 else left[0]
+            self.asked.append(outcome)
+            if outcome == "wait":
+                await asyncio.Event().wait()
+            elif outcome:
+                raise outcome
+            self.app.subscribe(client, "room")
+
+    def in_room(self, page: Page) -> bool:
+        page.evaluate("WebChannels.request('____', 'echo', 0)")  # what was sent before is done
+        return bool(self.app.connected_clients("room"))
+
+    def test_a_late_refusal_is_not_that_of_a_newer_subscription(self) -> None:
+        self.guarded(ChannelError("no"), None)
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            outcomes = page.evaluate("""Promise.allSettled([
+                WebChannels.subscribe('room'), WebChannels.unsubscribe('room'),
+                WebChannels.subscribe('room')]).then(all => all.map(one => one.status))""")
+            self.assertEqual(outcomes, ["rejected", "rejected", "fulfilled"])
+            self.assertTrue(self.in_room(page))
+            self.lose(page)
+            page.wait_for(OPEN)
+            self.assertTrue(self.in_room(page))
+
+    def test_unsubscribing_while_the_connection_closes_undoes_nothing_later(self) -> None:
+        self.guarded(None)
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + """<script>
+                window.WebSocket = class extends WebSocket {
+                    constructor (...given) { super(...given); window.socket = this } }</script>""")
+            page.evaluate("WebChannels.subscribe('room')")
+            page.evaluate("""(WebChannels.addEventListener('close', () => {
+                window.again = WebChannels.subscribe('room') }, {once: true}),
+                socket.close(), WebChannels.unsubscribe('room'))""")
+            page.wait_for("window.again && again.then(() => true)")
+            self.assertTrue(self.in_room(page))
+
+    def test_a_transient_error_does_not_end_a_subscription(self) -> None:
+        self.guarded(HTTPError(500), None, HTTPError(500), HTTPError(503), None, HTTPError(403))
+        with serve(self.app) as url, quiet():
+            page = self.live_page(url, RECORD)
+            page.evaluate("""(window.errors = [], window.waits = [], window.confirmed = 0,
+                WebChannels.addEventListener('error', event => errors.push(event.detail)),
+                WebChannels.addEventListener('debug', event => event.detail.channel
+                    && waits.push(event.detail)),
+                WebChannels.addEventListener('subscribed', event => {
+                    confirmed += event.detail === 'room' }), 0)""")
+            self.assertEqual(page.evaluate("WebChannels.subscribe('room').catch(String)"),
+                             "ChannelError: ERROR : 500 - Internal server error")
+            page.evaluate("WebChannels.subscribe('room')")
+            self.lose(page)
+            page.wait_for("confirmed === 2")
+            self.assertTrue(self.in_room(page))
+            first, second = page.evaluate("waits")
+            self.assertLess(first["wait"], 1000)
+            self.assertLess(second["wait"], 2000)
+            self.lose(page)
+            page.wait_for("errors.length === 4")
+            self.assertEqual([error["error"][:11] for error in page.evaluate("errors")],
+                             ["ERROR : 500", "ERROR : 500", "ERROR : 503", "ERROR : 403"])
+            self.lose(page)
+            page.wait_for(OPEN)
+            self.assertFalse(self.in_room(page))
+            self.assertEqual(len(self.asked), 6)  # not again after that
+
+    def test_what_becomes_of_a_subscription_is_told(self) -> None:
+        self.guarded(None, "wait")
+        self.app.config.shutdown_timeout = 0.1
+        self.app.channel("/room/unsubscribe", lambda client: client.close(1012))
+        with quiet(), serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate("""(window.confirmed = [], WebChannels.addEventListener('subscribed',
+                event => confirmed.push(event.detail)), WebChannels.subscribe('room').catch(
+                    error => error), WebChannels.unsubscribe('room'))""")  # succeeds: it is gone
+            page.wait_for("confirmed.includes('____')")
+            self.assertEqual(page.evaluate("confirmed"), ["____"])
+            self.assertFalse(self.in_room(page))
+            page.evaluate("(window.outcome = WebChannels.subscribe('room').catch(String), 0)")
+            page.evaluate("(WebChannels.close(), outcome)")
+            self.assertEqual(page.evaluate("outcome"), "AbortError: Closed: 1000")
+            self.assertEqual(page.evaluate("WebChannels.subscribe('room').catch(String)"),
+                             "AbortError: Closed")
+
+    # The connection.
+
+    def test_texts_that_wait_cost_no_blobs(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate("(WebChannels.addEventListener('close', () => WebChannels.close()), 0)")
+            page.evaluate("""(window.made = 0, window.Blob = class extends Blob {
+                constructor (...given) { super(...given); made++ } },
+                NO_TIMERS)""".replace("NO_TIMERS", NO_TIMERS))
+            page.evaluate("""(WebChannels.close(), WebChannels.open(), window.sent = Promise.all(
+                Array.from({length: 2000}, (_, i) => WebChannels.sendMessageTo('____', 'echo', i))),
+                sent.then(() => 0))""")
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+            self.assertEqual((page.evaluate("made"), len(self.echoed)), (0, 2001))
+
+    def test_a_send_that_vanishes_is_noticed_within_three_ticks(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + """<script>
+                realTimeout = setTimeout
+                setTimeout = (f, ms, ...rest) => ms === 5000 ? (tick = f, 0)
+                    : realTimeout(f, ms, ...rest)
+                sent = [], deaf = false
+                window.WebSocket = class extends WebSocket {
+                    send (frame) { sent.push(frame); deaf || super.send(frame) } }</script>""")
+            page.evaluate("WebChannels.request('____', 'echo', 0)")
+            for _ in range(4):  # nothing waits for an answer: for a while, nothing is asked
+                page.evaluate("tick()")
+            self.assertNotIn("", page.evaluate("sent"))
+            page.evaluate("tick()")
+            page.evaluate("WebChannels.request('____', 'echo', 0)")  # the answer is here, too
+            self.assertEqual(page.evaluate("sent").count(""), 1)
+            page.evaluate("(deaf = true, sent = [],"
+                          " window.lost = WebChannels.request('____', 'echo', 1).catch(String),"
+                          " tick(), WebChannels.state)")
+            self.assertEqual(page.evaluate("sent[1]"), "")
+            page.evaluate("tick()")
+            self.assertEqual(page.evaluate("WebChannels.state"), "open")
+            page.evaluate("tick()")
+            self.assertEqual(page.evaluate("lost"), "NetworkError: Lost: 1006 no sign of life")
+            page.evaluate("(deaf = false, WebChannels.open())")
+            page.wait_for(ANSWERED)
+
+    def test_errors_say_why(self) -> None:
+        @self.app.channel("/____/fail")
+        def fail() -> None:
+            raise ChannelError("no such luck")
+
+        self.app.config.max_message_size = 1000
+        with serve(self.app) as url, quiet():
+            page = self.live_page(url)
+            page.evaluate("""(window.ends = [], Math.random = () => 0.1,
+                WebChannels.addEventListener('close', event => ends.push(event.detail)), 0)""")
+            for call, outcome in (
+                    ("'fail'", "ChannelError: no such luck"),
+                    ("'echo', 'x'.repeat(2000)", "NetworkError: Lost: 1009 message too long"),
+                    *[(f"'echo', 0, {{timeout: {each}}}",
+                       f"RangeError: a timeout is above 0 ms, not {each}")
+                      for each in ("0", "null", "NaN")]):
+                self.assertEqual(page.evaluate(
+                    f"WebChannels.request('____', {call}).catch(String)"), outcome)
+            page.wait_for(OPEN)
+            port = self.app.port
+            self.app.down()
+            page.wait_for("ends.length >= 4")
+            self.assertEqual(page.evaluate("ends.slice(0, 4)"), [
+                {"code": 1009, "reason": "message too long", "opened": True, "wait": 100},
+                {"code": 1001, "reason": "server going down", "opened": True, "wait": 200},
+                {"code": 1006, "reason": "", "opened": False, "wait": 400},
+                {"code": 1006, "reason": "", "opened": False, "wait": 800}])
+            self.app.up(port, block=False)
+            page.wait_for(OPEN)
+            page.evaluate("WebChannels.close()")
+            self.assertEqual(page.evaluate("ends.at(-1)"),
+                             {"code": 1000, "reason": "", "opened": True})
+
+    def test_each_state_is_told_once_and_in_order(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            port = self.app.port
+            page.evaluate("""(window.told = [], Math.random = () => 0.05, ['state', 'open', 'close']
+                .forEach(type => WebChannels.addEventListener(type, ({ type, detail }) =>
+                    told.push(type === 'state' ? detail : type))), 0)""")
+            self.app.down()
+            page.wait_for("told.filter(word => word === 'close').length >= 4")
+            self.app.up(port, block=False)
+            page.wait_for(OPEN)
+            told = page.evaluate("told")
+            self.assertEqual([word for word in told if word != "close"],
+                             ["reconnecting", "open", "open"])
+            page.evaluate("""(told = [], ['open', 'state'].forEach(type =>
+                WebChannels.addEventListener(type, () => WebChannels.state === 'open'
+                    && WebChannels.close())), WebChannels.close(), WebChannels.close(),
+                WebChannels.open())""")
+            page.wait_for("told.length >= 6")
+            self.assertEqual(page.evaluate("told"), [
+                "close", "closed", "connecting", "open", "close", "closed"])
+
+    def test_debug_shows_what_goes_out_and_comes_in_and_the_waits(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate("(window.shown = [], WebChannels.addEventListener('debug', "
+                          "event => shown.push(event.detail)), 0)")
+            page.evaluate("WebChannels.request('____', 'echo', 'x')")
+            out, back = page.evaluate("shown")
+            self.assertEqual(json.loads(out["out"])["payload"], "x")
+            self.assertEqual(json.loads(back["in"])["payload"], "x")
+            self.lose(page)
+            page.wait_for("shown.some(({ wait }) => wait > 0)")
+
+    # Pushes.
+
+    def test_which_pushes_a_handler_gets(self) -> None:
+        self.app.channels_support("room")
+        self.app.channels_support("room/x")
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate("""(window.taken = [], window.from = [], window.calls = 0,
+                WebChannels.channel('/room/:n::int', (_, { n }) => taken.push(['int', n])),
+                WebChannels.channel('/room/:x::float', (_, { x }) => taken.push(['float', x])),
+                WebChannels.channel('/room/x/:what::str', (_, { what }) => taken.push(['x', what])),
+                WebChannels.channel('/room/x/y', payload => taken.push(['y', payload])),
+                WebChannels.addEventListener('message', event => from.push(event.channel)),
+                Promise.all([WebChannels.subscribe('room'), WebChannels.subscribe('room/x')]))""")
+            for channel, message in (("room", "7"), ("room", "-1.5"), ("room", "text"),
+                                     ("room", "x/y"), ("room/x", "y")):
+                self.app.broadcast(channel, message, 1)
+            self.app.broadcast("room", "7")
+            self.app.broadcast("room/x", "plain")
+            page.wait_for("got.includes('plain')")
+            self.assertEqual(page.evaluate("taken"), [
+                ["int", 7], ["float", 7], ["float", -1.5], ["y", 1], ["x", "y"]])
+            self.assertEqual(page.evaluate("got.map(push => push.message ?? push)"),
+                             ["text", "x/y", "7", "plain"])
+            self.assertEqual(page.evaluate("from"), ["room"] * 4 + ["room/x", "room", "room/x"])
+            for call in "'job/x', print", "'', print", "'/job', print", "'/job/', print", \
+                        "'/job/x'", "'/job/:n::complex', print", "'/job/:', print", "5, print":
+                with self.subTest(call), self.assertRaisesRegex(BrowserError, "TypeError: not a"):
+                    page.evaluate(f"WebChannels.channel({call})")
+            page.evaluate("""(window.real = RegExp.prototype.exec, window.calls = 0,
+                [...Array(1000).keys()].forEach(i => WebChannels.channel(`/room/${i}`, () => {
+                    window.done = calls })),
+                RegExp.prototype.exec = function (text) {
+                    calls++
+                    return real.call(this, text)
+                }, 0)""")
+            self.app.broadcast("room", "999", 1)
+            page.wait_for("window.done")
+            self.assertLess(page.evaluate("done"), 10)
+
+    def test_a_plain_text_never_reaches_a_handler_but_a_payload_of_none_does(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate("""(window.taken = [], window.warned = [],
+                console.warn = text => warned.push(text),
+                WebChannels.channel('/____/start', payload => taken.push(payload)),
+                WebChannels.channel('/:channel/:message', payload => taken.push(payload)), 0)""")
+            for _ in range(2):
+                self.app.broadcast("____", "start")
+            self.app.broadcast("____", "other")
+            self.app.broadcast("____", "start", None)
+            page.wait_for("taken.length >= 2")
+            self.assertEqual(page.evaluate("taken"), [None, None])
+            self.assertEqual(page.evaluate("got"), ["start", "start", "other"])
+            [warning] = page.evaluate("warned")
+            self.assertIn("/____/start", warning)
+            self.assertIn("payload", warning)
+
     def test_twenty_tabs_do_not_come_back_in_one_instant(self) -> None:
         self.app.route("/", lambda: self.app.channels_support())
         with serve(self.app) as url:
@@ -5242,6 +5608,17 @@ class OnlyInChromium(BrowserTest):
             page.wait_for(ANSWERED)
             self.heard(page, "again")
             self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def test_a_frozen_tab_lets_go_and_comes_back_at_once(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            page.evaluate(NO_TIMERS)
+            page.freeze(True)
+            self.assertTrue(self.left.wait(10))
+            self.assertFalse(self.app.broadcast("____", "into the void"))
+            page.freeze(False)
+            page.wait_for(OPEN)
+            self.heard(page, "again")
 
     def test_the_walkthrough_typed_at_the_prompt(self) -> None:
         with Terminal(sys.executable, "-i", "-q") as repl:
@@ -5457,6 +5834,14 @@ class ReadmeTest(BrowserTest):
         with self.start("Browser", then="up()\n"):
             for path in "/inline", "/file":
                 self.open(self.url + path)
+
+    def test_from_genie(self) -> None:
+        with self.start("From Genie"), WebSocketClient(self.url) as client:
+            client.send_json({"channel": "____", "message": "subscribe", "payload": {}})
+            self.assertEqual(client.recv_text(), "Subscription: OK")
+            client.send_json({"channel": "____", "message": "keepalive",
+                              "payload": {"payload": {"timestamp": 1}}})
+            self.assertEqual(client.recv_json()["message"], "keepalive")
 
     def test_on_the_network(self) -> None:
         pem = certificate(self.folder)
