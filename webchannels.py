@@ -755,6 +755,9 @@ class Push:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
         check_size(settings, self._bodies[1])
 
+    def __len__(self) -> int:
+        return sum(map(len, self._bodies))
+
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
@@ -782,11 +785,11 @@ _params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
 
 
 def _on_loop(method: H) -> H:
-    """Run a method in the thread of its app's event loop, where all state lives."""
+    """Run a method in the thread of its app's event loop, where all state is changed."""
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         app: WebChannels = getattr(self, "_app", self)
-        if threading.get_ident() == app._thread:
+        if app._here():
             return method(self, *args, **kwargs)
         return app._call(functools.partial(method, self, *args, **kwargs))
     return call  # type: ignore[return-value]
@@ -850,21 +853,23 @@ class ChannelClient(asyncio.Protocol):
         return (f"<ChannelClient {self.id} {self.address} "
                 f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
 
-    @_on_loop
     def send(self, message: str | bytes, payload: Any = None, *,
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
 
         `channel` is the one that the page sees: by default that of the message being handled, or
-        `config.default_channel`. Raises TypeError or ValueError for what cannot be sent.
-        Example: client.send("tick", {"n": 1})
+        `config.default_channel`. Raises TypeError or ValueError for what cannot be sent, and
+        TimeoutError as `broadcast()` does. Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
         if channel is None and given.get("client") is self:
             channel = given.get("channel")
         settings = self._app.config
         push = Push(settings, channel or settings.default_channel, message, payload)
-        return (self.connected or not self._transport) and self._push(push)
+        there = self.connected or not self._transport
+        if self._app._here():
+            return there and self._push(push)
+        return there and self._app._give(functools.partial(self._push, push), len(push))
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -985,6 +990,7 @@ class ChannelClient(asyncio.Protocol):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
+        self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
         text = result if isinstance(result, str) and not v1 else None
         if text is None:
@@ -1011,7 +1017,7 @@ class ChannelClient(asyncio.Protocol):
             self._task = None
             try:
                 self._reply(origin, result.result())
-            except (Exception, asyncio.CancelledError) as error:
+            except BaseException as error:
                 self._fail(origin, error)
             self._work()
         self._task = result
@@ -1291,12 +1297,82 @@ def _command(*words: bytes) -> bytes:
 # ---------------------------------------------------------------------------------------- app
 
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
+# What other threads hand over to the loop: see Handover.
+_AHEAD = 64 * 1024  # bytes; a thread that is so far ahead takes a nap with each call
+_NAP = 0.0005  # seconds
+_STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
+_HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
 # From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
+
+
+class Handover:
+    """Calls that other threads hand over to an event loop, in order, with one wake-up for many.
+
+    Nobody waits for the loop here, since it may wait for a lock that the thread holds. But a thread
+    that is ahead is slowed down, so that the loop catches up; and at the limit it waits a while.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._loop, self._limit = loop, limit
+        self._calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
+        # For the threads. The loop takes it at the end alone, and not for long: a signal handler
+        # that interrupts a thread here may wait for the loop. So each side has a count of its own.
+        self._lock = threading.RLock()
+        self._given = self._taken = 0  # bytes
+        self._moved = 0.0  # when the loop was woken, or made a call
+        self._woken = self._taking = self._over = False
+
+    def give(self, call: Callable[[], Any], size: int = 0) -> bool:
+        """Have the loop make this call, which holds so many bytes; False: it is over.
+
+        Raises TimeoutError.
+        """
+        if size and self._given - self._taken > _AHEAD:
+            time.sleep(_NAP)
+            while self._given - self._taken > self._limit and not self._over:
+                if time.monotonic() > self._moved + _STUCK:
+                    raise TimeoutError(_HELD)
+                time.sleep(_NAP)
+        with self._lock:
+            if self._over or self._loop.is_closed():
+                return False
+            self._given += size
+            self._calls.append((size, call))
+            if not self._woken:
+                self._woken, self._moved = True, time.monotonic()
+                self._loop.call_soon_threadsafe(self.take)
+        return True
+
+    def take(self) -> None:
+        """Make the calls, in the thread of the loop."""
+        self._woken = False  # first: whoever comes later wakes it again
+        if not self._calls or self._taking:
+            return
+        self._taking = True
+        try:
+            for _ in range(len(self._calls)):
+                size, call = self._calls.popleft()
+                try:
+                    call()
+                except Exception:
+                    logger.exception("what a thread handed over failed")
+                self._taken += size
+                self._moved = time.monotonic()
+        finally:
+            self._taking = False
+
+    def end(self) -> None:
+        """Make the last calls."""
+        locked = self._lock.acquire(timeout=0.1)
+        self._over = True
+        self.take()
+        if locked:
+            self._lock.release()
 
 
 class HTTPConnection(asyncio.Protocol):
@@ -1436,7 +1512,10 @@ class WebChannels:
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: dict[str, Endpoint] = {}
         self._on_disconnect: dict[str, Endpoint] = {}
-        self._lock, self._done = threading.RLock(), threading.Event()
+        self._lock = threading.Lock()  # of the start
+        self._context = contextvars.copy_context()  # in which serving began
+        self._thread = 0  # in which it serves, or did last
+        self._ended: Callable[[float], bool] = lambda timeout: True  # waits for the last serving
         self._reset()
         _apps.add(self)
 
@@ -1444,8 +1523,8 @@ class WebChannels:
         """Forget what belongs to one time of serving."""
         self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = 0
-        self._stop: asyncio.Event | None = None
+        self._handover: Handover | None = None  # while it serves
+        self._stop: asyncio.Future[None] | None = None
         self._stopping = False
         self._warned = -math.inf
         self._local_only = False
@@ -1556,18 +1635,30 @@ class WebChannels:
 
     # The registry.
 
-    @_on_loop
     def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
                   *, exclude: Clients = (), only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
         `exclude` and `only` are clients, or their ids, also those of other processes. True if
-        anyone in this process was there to be sent it. Raises TypeError or ValueError for what
-        cannot be sent, before anything is. Example: broadcast("room", "tick", {"n": 1})
+        anyone in this process was there to be sent it. It does not wait for the event loop; but a
+        thread that is ahead of it is slowed down. Raises TypeError or ValueError for what cannot be
+        sent, before anything is; TimeoutError if over `8 * config.max_send_buffer` bytes wait for
+        a loop that has not moved for 5 seconds. Example: broadcast("room", "tick", {"n": 1})
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
         without, among = _ids(exclude), None if only is None else _ids(only)
+        if self._here():
+            return self._spread(pushes, without, among)
+        there = any(self._meant(name, without, among) for name in names)
+        if there or self._bus:
+            size = sum(len(push) for _, push in pushes)
+            spread = functools.partial(self._spread, pushes, without, among)
+            there = self._give(spread, size) and there
+        return there
+
+    def _spread(self, pushes: list[tuple[str, Push]], without: set[str],
+                among: set[str] | None) -> bool:
         there = False
         for name, push in pushes:
             there = self._send(name, push, without, among) or there
@@ -1578,20 +1669,25 @@ class WebChannels:
                 self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), plain))
         return there
 
+    def _meant(self, channel: str, without: set[str],
+               among: set[str] | None) -> list[ChannelClient]:
+        clients = list(self._subscribers.get(channel, ()))  # at once: other threads read, too
+        if without or among is not None:
+            clients = [client for client in clients if client.id not in without
+                       and (among is None or client.id in among)]
+        return clients
+
     def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
         there = False
-        for client in list(self._subscribers.get(channel, ())):
-            if client.id not in without and (among is None or client.id in among):
-                there = client._push(push) or there
+        for client in self._meant(channel, without, among):
+            there = client._push(push) or there
         return there
 
     def _deliver(self, channel: str, data: bytes) -> None:
         """A broadcast came over the bus. From any thread, but without waiting: others may wait."""
-        with self._lock:
-            if self._loop and threading.get_ident() != self._thread:
-                self._loop.call_soon_threadsafe(self._deliver, channel, data)
-                return
-        if not data.startswith(self._name):  # else it is our own
+        if not self._here():
+            self._give(functools.partial(self._deliver, channel, data))
+        elif not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
                 kind, without, among = _decoder.decode(head.decode())
@@ -1602,17 +1698,17 @@ class WebChannels:
             except (TypeError, ValueError, RecursionError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
-    @_on_loop
+    # What reads it may run in any thread at any time: list() and copy() are atomic.
+
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Every open client, or the subscribers of `channel`. Example: connected_clients("a")"""
         if channel is None:
-            return [each for each in self._sockets if each.connected]
+            return [each for each in list(self._sockets) if each.connected]
         return list(self._subscribers.get(channel, ()))
 
-    @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Who left within `config.disconnected_ttl`. Example: disconnected_clients("room")"""
-        return [each for each in self._left_at if channel is None or channel in each.channels]
+        return [each for each in list(self._left_at) if channel is None or channel in each.channels]
 
     @_on_loop
     def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
@@ -1656,17 +1752,18 @@ class WebChannels:
         for channel in list(client.channels):
             self.unsubscribe(client, channel)
 
-    @_on_loop
     def subscriptions(self) -> dict[str, list[ChannelClient]]:
         """The subscribers of each channel that has any. Example: len(subscriptions()["room"])"""
-        return {name: list(clients) for name, clients in self._subscribers.items()}
+        return {name: list(clients) for name, clients in self._subscribers.copy().items()}
 
     def _left(self, client: ChannelClient) -> None:
         """The client has just gone."""
         async def notify(endpoint: Endpoint) -> None:
             try:
                 await self._invoke(endpoint, {"client": client, "request": client.request})
-            except Exception:  # the program's, told in the log: the client is gone, nobody waits
+            except asyncio.CancelledError:
+                raise
+            except BaseException:  # told in the log: the client is gone, nobody waits
                 logger.exception("%s failed for %r", endpoint.name, client)
 
         channels = [*client.channels]
@@ -1683,24 +1780,37 @@ class WebChannels:
     # Calling handlers.
 
     def _start(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
-        """Call a handler; what comes back is its result, or a future of it."""
-        token = _params.set(given)
+        """Call a handler in a context of its own; what comes back is its result, or a future."""
+        context = self._context.copy()
+        context.run(_params.set, given)
+        if endpoint.threaded:
+            return asyncio.get_running_loop().run_in_executor(
+                self._executor, lambda: context.run(endpoint, given))
+        begun = time.perf_counter()
         try:
-            if endpoint.threaded:
-                context = contextvars.copy_context()
-                return asyncio.get_running_loop().run_in_executor(
-                    self._executor, lambda: context.run(endpoint, given))
-            begun = time.perf_counter()
-            result = endpoint(given)
-            held = time.perf_counter() - begun
-            if held > _SLOW:
-                logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                               "it with threaded=True", endpoint.name, held * 1000)
-            if result.__class__ is not str and inspect.isawaitable(result):
-                return asyncio.ensure_future(result)  # here, where its context is right
-            return result
-        finally:
-            _params.reset(token)
+            result = context.run(endpoint, given)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise self._exit(error) from error
+        held = time.perf_counter() - begun
+        if held > _SLOW:
+            logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
+                           "it with threaded=True", endpoint.name, held * 1000)
+        if result.__class__ is not str and inspect.isawaitable(result):
+            return context.run(asyncio.ensure_future, self._await(result))
+        return result
+
+    async def _await(self, result: Any) -> Any:
+        try:
+            return await result
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise self._exit(error) from error
+
+    def _exit(self, error: BaseException) -> Exception:
+        """A handler ends the program: `serve()` raises it, when all is closed. (asyncio would do so
+        at once, and leave the clients.) What is returned is for the log, and the sender's 500.
+        """
+        self._end(error)
+        return RuntimeError(f"a handler ended the program: {error!r}")
 
     async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
         result = self._start(endpoint, given)
@@ -1740,7 +1850,7 @@ class WebChannels:
                 client._reply_later(origin, result)
             else:
                 client._reply(origin, result)
-        except (Exception, asyncio.CancelledError) as error:
+        except BaseException as error:
             client._fail(origin, error)
 
     def _default(self, client: ChannelClient, channel: str, message: str) -> str:
@@ -1772,8 +1882,6 @@ class WebChannels:
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
-        except (SystemExit, KeyboardInterrupt):
-            raise
         except BaseException as error:
             if self._stopping and isinstance(error, asyncio.CancelledError):
                 raise
@@ -1855,60 +1963,83 @@ class WebChannels:
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
+        failures: list[BaseException] = []
 
         def run() -> None:
             try:
-                asyncio.run(self._serve(ready, port, host, ssl, sock, reuse_port))
+                asyncio.run(self._serve(ready, ended, port, host, ssl, sock, reuse_port))
             except BaseException as error:
-                if ready.done():
+                if not ready.done():
+                    ready.set_exception(error)
+                elif block:
+                    failures.append(error)
+                else:
                     raise
-                ready.set_exception(error)
-        threading.Thread(target=run, name="webchannels", daemon=True).start()
-        url = ready.result()
-        if open_browser:
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+        def ended(timeout: float) -> bool:
+            thread.join(timeout)
+            return not thread.is_alive()
+
         if block is None:
             block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
             with contextlib.suppress(RuntimeError):  # no loop runs here
                 asyncio.get_running_loop()
                 block = False  # as in a notebook
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run,),
+                                  name="webchannels", daemon=True)
+        thread.start()
+        url = ready.result()
+        if open_browser:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if block:
-            on_main = threading.current_thread() is threading.main_thread()
-            previous: Any = on_main and signal.signal(signal.SIGTERM, signal.default_int_handler)
+            ours = (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+            if ours:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
-                while not self._done.wait(1):  # Windows does not interrupt a longer wait
+                while not ended(1):  # Windows does not interrupt a longer wait
                     pass
             except KeyboardInterrupt:
                 with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
                     self.down()
             finally:
-                if on_main:
-                    signal.signal(signal.SIGTERM, previous)
+                if ours:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if failures:
+                raise failures[0]
         return url
 
     async def serve(self, port: int | None = None, host: str | None = None, *,
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
         """As `up()`, in the event loop that runs; cancel it to stop. Example: await serve(8080)"""
-        await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
+        over = threading.Event()
+        try:
+            await self._serve(concurrent.futures.Future(), over.wait,
+                              port, host, ssl, sock, reuse_port)
+        finally:
+            over.set()
 
-    async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
+    async def _serve(self, ready: concurrent.futures.Future[str], ended: Callable[[float], bool],
+                     *where: Any) -> None:
+        loop = asyncio.get_running_loop()
         with self._lock:
-            if self._loop is not None:
+            if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
-            self._loop = loop = asyncio.get_running_loop()
-            self._thread = threading.get_ident()
-            self._stop = asyncio.Event()
-            self._done.clear()
+            self._reset()  # a loop that was closed before its time leaves things behind
+            self._loop, self._thread, self._ended = loop, threading.get_ident(), ended
+            self._stop, self._context = loop.create_future(), contextvars.copy_context()
+            self._handover = Handover(loop, 8 * self.config.max_send_buffer)
         # Once glibc has freed a block of this size, it keeps freed memory for the next message. It
         # gave it back before, and took it again page by page: a third of the time of 1 MiB echoed.
         bytes(4 * 1024 * 1024)
         async with contextlib.AsyncExitStack() as ending:  # what is added last ends first
-            ending.push_async_callback(self._finish)
+            ending.callback(self._finish)
             self._open.add(self.config.default_channel)
             if loop.get_exception_handler() is None:
-                ending.callback(loop.set_exception_handler, None)
+                ending.callback(lambda: loop.get_exception_handler() == self._on_loop_error
+                                and loop.set_exception_handler(None))
                 loop.set_exception_handler(self._on_loop_error)
             bus = self.config.bus
             if self.config.redis_url and not bus:
@@ -1920,19 +2051,26 @@ class WebChannels:
                 self._bus = bus
             server = await self._listen(*where)
             ending.callback(asyncio.ensure_future(self._sweep()).cancel)
+            ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
             ending.callback(server.close)
+            await server.start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url)
-            await self._stop.wait()
+            await self._stop
 
-    async def _finish(self) -> None:
-        with self._lock:  # other threads' calls wait; those made before are run in this turn
-            try:
-                await asyncio.sleep(0)
-            finally:
-                self._reset()
-                self._done.set()
+    def _finish(self) -> None:
+        if self._handover:
+            self._handover.end()
+        self._reset()
+
+    def _end(self, error: BaseException | None = None) -> None:
+        """Have `_serve()` end: at once, if it serves; with this error, which a handler raised."""
+        if self._stop and not self._stop.done():
+            if error is None:
+                self._stop.set_result(None)
+            else:
+                self._stop.set_exception(error)
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
@@ -1941,8 +2079,8 @@ class WebChannels:
         where: dict[str, Any] = {"sock": sock} if sock else {
             "host": host, "port": port, "reuse_port": reuse_port}
         try:
-            server = await asyncio.start_server(
-                self._accept, backlog=1024, ssl=ssl,
+            server = await asyncio.start_server(  # start_serving: a cancel now would leak it
+                self._accept, backlog=1024, start_serving=False, ssl=ssl,
                 ssl_handshake_timeout=self.config.handshake_timeout if ssl else None, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
@@ -1965,12 +2103,10 @@ class WebChannels:
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
-        with self._lock:
-            if self._loop is None or self._stop is None:
-                return
-            self._loop.call_soon_threadsafe(self._stop.set)
-            waits = threading.get_ident() != self._thread and _params.get() is None
-        if waits and not self._done.wait(self.config.shutdown_timeout + 2):
+        ended, timeout = self._ended, self.config.shutdown_timeout + 2
+        self._give(self._end)
+        waits = threading.get_ident() != self._thread and _params.get() is None
+        if waits and not ended(min(timeout, threading.TIMEOUT_MAX)):
             logger.warning("a handler holds the event loop: the server could not stop")
 
     async def _shut_down(self) -> None:
@@ -1983,6 +2119,9 @@ class WebChannels:
         end = time.monotonic() + self.config.shutdown_timeout
         while (self._http or self._sockets or self._tasks) and time.monotonic() < end:
             await asyncio.sleep(0.01)
+
+    async def _cut(self) -> None:
+        """End what did not end by itself, also when `_shut_down()` was cancelled."""
         tasks: list[Any] = [*self._tasks, *[each.task for each in self._http if each.task],
                             *[each._task for each in self._sockets if each._task]]
         if tasks:
@@ -2005,6 +2144,7 @@ class WebChannels:
                      settings.ping_interval or 4, settings.disconnected_ttl, 4)
             await asyncio.sleep(max(min(times) / 4, 0.02))
             now = time.monotonic()
+            self._here()  # in case that a thread was interrupted before it could wake the loop
             for client in list(self._sockets):
                 client._check(now, settings)
             for connection in list(self._http):
@@ -2029,19 +2169,36 @@ class WebChannels:
         if self._loop:
             self._loop.call_soon(call, *values)
 
+    def _here(self) -> bool:
+        """Is this the loop's thread? Then what others handed over before comes before."""
+        here = threading.get_ident() == self._thread
+        if here and self._handover:
+            self._handover.take()
+        return here
+
+    def _give(self, call: Callable[[], Any], size: int = 0) -> bool:
+        """Hand this over to the loop; False if nobody serves. Raises TimeoutError."""
+        handover = self._handover
+        return handover is not None and handover.give(call, size)
+
     def _call(self, call: Callable[[], Any]) -> Any:
-        """Run `call` in the loop's thread, and wait for it; if there is none, here."""
+        """Run `call` in the loop's thread, and wait for it; if there is none, here.
+
+        Raises TimeoutError, and then it does not run.
+        """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-        with self._lock:
-            if self._loop is None:
-                return call()
-            self._loop.call_soon_threadsafe(run)  # in the context of this thread
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+        if not self._give(run):
+            return call()
+        concurrent.futures.wait([future], _STUCK)
+        if future.cancel():
+            raise TimeoutError(_HELD)
         return future.result()
 
     def _forked(self) -> None:
@@ -2056,7 +2213,8 @@ class WebChannels:
             for each in [*self._listening, *sockets]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._ended = lambda timeout: True
         self._reset()
 
 
