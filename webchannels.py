@@ -45,6 +45,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -96,6 +97,7 @@ class Config:
     max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
     max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
     max_subscriptions: int = 1000  # channels for each client
+    max_threads: int = 32  # for threaded=True handlers; when all are busy, the next one waits
     max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
     handshake_timeout: float = 10  # for a request, a frame or a closing handshake to arrive
     keep_alive_timeout: float = 75  # for an HTTP connection to be idle
@@ -1375,6 +1377,56 @@ class Handover:
             self._lock.release()
 
 
+class ThreadPool:
+    """Threads for handlers. No process waits for them at its end, as it does for those of
+    concurrent.futures: a handler may never return.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = self._busy = 0
+
+    def run(self, call: Callable[[], Any], most: int, give: Callable[..., Any]) -> Any:
+        """A future of what `call` returns; `give` hands over to the event loop, which calls this.
+
+        What `call` itself hands over comes before.
+        """
+        future = asyncio.get_running_loop().create_future()
+
+        def work() -> None:
+            try:
+                tell, outcome = future.set_result, call()
+            except BaseException as error:
+                tell, outcome = future.set_exception, error
+            give(lambda: done(tell, outcome))
+
+        def done(tell: Callable[[Any], None], outcome: Any) -> None:
+            self._busy -= 1
+            if not future.done():  # somebody still waits for it
+                tell(outcome)
+
+        self._busy += 1
+        self._jobs.put(work)
+        if self._busy > self._threads:
+            if self._threads < most:
+                self._threads += 1
+                threading.Thread(target=self._work, name="webchannels", daemon=True).start()
+            elif self._busy == most + 1:
+                logger.warning("all %d threads for handlers are busy: the next one waits "
+                               "(config.max_threads)", most)
+        return future
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            job()
+            del job  # while it waits, it holds nothing
+
+    def end(self) -> None:
+        """The threads end, if their handlers do."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
+
+
 class HTTPConnection(asyncio.Protocol):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
@@ -1529,7 +1581,7 @@ class WebChannels:
         self._warned = -math.inf
         self._local_only = False
         self._listening: Sequence[Any] = ()
-        self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
+        self._pool = ThreadPool()
         self._http: set[HTTPConnection] = set()
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
@@ -1784,8 +1836,9 @@ class WebChannels:
         context = self._context.copy()
         context.run(_params.set, given)
         if endpoint.threaded:
-            return asyncio.get_running_loop().run_in_executor(
-                self._executor, lambda: context.run(endpoint, given))
+            result = self._pool.run(lambda: context.run(endpoint, given),
+                                    self.config.max_threads, self._give)
+            return asyncio.ensure_future(self._await(result))
         begun = time.perf_counter()
         try:
             result = context.run(endpoint, given)
@@ -1963,7 +2016,7 @@ class WebChannels:
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
-        failures: list[BaseException] = []
+        over, failures = threading.Event(), []
 
         def run() -> None:
             try:
@@ -1975,10 +2028,13 @@ class WebChannels:
                     failures.append(error)
                 else:
                     raise
+            finally:
+                over.set()
 
         def ended(timeout: float) -> bool:
-            thread.join(timeout)
-            return not thread.is_alive()
+            if over.wait(timeout):  # join() alone would take Ctrl+C for the thread's end
+                thread.join()
+            return over.is_set()
 
         if block is None:
             block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
@@ -2134,7 +2190,7 @@ class WebChannels:
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
-        self._executor.shutdown(wait=False)
+        self._pool.end()
 
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
