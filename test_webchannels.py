@@ -8,7 +8,9 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
+import contextvars
 import email.utils
 import functools
 import hashlib
@@ -2624,6 +2626,308 @@ class RegistryTest(ServerTest):
         for thread in started:
             thread.join()
         self.assertEqual(seen, {str(who): list(range(each)) for who in range(threads)})
+
+
+class ThreadsTest(ServerTest):
+    """What other threads call: nothing waits for ever, whatever locks are held."""
+
+    def configure(self, app: WebChannels) -> None:
+        self.lock, self.entered = threading.Lock(), threading.Event()
+        app.config.shutdown_timeout = 0.5
+        app.channel("/____/hold", self.hold)
+        app.channel("/____/wait", self.wait, threaded=True)
+        self.waiting = threading.Event()
+
+    def hold(self) -> str:
+        """Hold the event loop until the lock is free."""
+        self.entered.set()
+        with self.lock:
+            return "held"
+
+    def wait(self, payload: float) -> None:
+        self.entered.set()
+        self.waiting.wait(payload)
+
+    def in_thread(self, call: Callable[[], Any], timeout: float = 10) -> Any:
+        """What it returns or raises in a thread; the test fails if it takes too long."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        threading.Thread(target=run, daemon=True).start()
+        return future.result(timeout)
+
+    def held(self, client: WebSocketClient) -> contextlib.ExitStack:
+        """Have a handler wait for the lock, which is released at the end of the block."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.lock)
+        client.send_json({"channel": "____", "message": "hold"})
+        self.assertTrue(self.entered.wait(10))
+        return stack
+
+    def test_a_lock_that_a_handler_wants(self) -> None:
+        app, one, two = self.app, self.subscribed(), self.subscribed()
+        first, second = app.connected_clients()
+
+        def call() -> Any:
+            sent = [app.broadcast("____", str(i)) for i in range(100)]
+            return [*sent, app.broadcast("none", "x"), first.send("last"),
+                    app.connected_clients(), app.connected_clients("____"),
+                    app.disconnected_clients(), app.subscriptions()]
+        with self.held(two):
+            there = [first, second]
+            self.assertEqual(self.in_thread(call), [
+                *[True] * 100, False, True, there, there, [], {"____": there}])
+        got = [one.recv_json()["message"] for _ in range(101)]
+        self.assertEqual(got, [*map(str, range(100)), "last"])
+
+    def test_a_log_handler_that_broadcasts(self) -> None:
+        class Broadcasts(logging.Handler):
+            def emit(handler, record: logging.LogRecord) -> None:
+                in_emit.set()
+                self.entered.wait(10)  # until a handler wants to log, too
+                self.app.broadcast("____", record.getMessage())
+        log, in_emit, client = logging.getLogger("webchannels-test"), threading.Event(), None
+        handler = Broadcasts()
+        log.addHandler(handler)
+        self.addCleanup(log.removeHandler, handler)
+
+        @self.app.channel("/____/log")
+        def tell() -> None:
+            self.entered.set()
+            log.warning("from a handler")
+        client = self.subscribed()
+
+        def first() -> None:
+            log.warning("from a thread")
+        thread = threading.Thread(target=first, daemon=True)
+        thread.start()
+        self.assertTrue(in_emit.wait(10))
+        client.send_json({"channel": "____", "message": "log"})
+        self.assertEqual([client.recv_json()["message"] for _ in range(2)],
+                         ["from a thread", "from a handler"])
+
+    def test_a_thread_far_ahead_of_a_loop_that_is_held_is_told(self) -> None:
+        self.app.config.max_send_buffer = 100_000
+        app = WebChannels(self.app.config)
+        app.channel("/____/hold", self.hold)
+        app.channels_support("____")
+        self.url = self.enterContext_(serve(app))
+        one, two = self.subscribed(), self.subscribed()
+        count = 0
+
+        def flood() -> None:
+            nonlocal count
+            while count < 1000:
+                app.broadcast("____", "x" * 90_000)
+                count += 1
+        with mock.patch.object(webchannels, "_STUCK", 0.2), self.held(two):
+            with self.assertRaisesRegex(TimeoutError, "held the event loop"):
+                self.in_thread(flood)
+            self.assertLess(count, 20)  # of 90,000 bytes, within 800,000; or twice that
+        self.until(lambda: app.broadcast("____", "on") or True)
+        for _ in range(count):
+            self.assertEqual(len(one.recv_json()["message"]), 90_000)
+
+    def test_what_must_wait_for_the_loop_gives_up(self) -> None:
+        client = self.subscribed()
+        there = self.app.connected_clients()[0]
+        with mock.patch.object(webchannels, "_STUCK", 0.1), self.held(client):
+            for call in (lambda: self.app.subscribe(there, "room"), there.close):
+                with self.assertRaisesRegex(TimeoutError, "held the event loop"):
+                    self.in_thread(call)
+        client.send_json({"channel": "____", "message": "echo", "payload": "x", "ref": 1})
+        while client.recv_json().get("ref") != 1:
+            pass
+        self.assertEqual((there.channels, there.connected), ({"____"}, True))
+
+    def test_two_apps_whose_handlers_call_each_other(self) -> None:
+        other = WebChannels()
+        both = threading.Barrier(2)
+
+        def call(app: WebChannels) -> str:
+            both.wait(10)
+            return f"{app.broadcast('____', 'x')} {app.connected_clients()}"
+        self.app.route("/call", lambda: call(other))
+        other.route("/call", lambda: call(self.app))
+        with serve(other) as url, Connection(url) as one, Connection(self.url) as two:
+            for each in (one, two):
+                each.send_raw(b"GET /call HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for each in (one, two):
+                self.assertEqual(each.response().body, b"False []")
+
+    def test_what_a_handlers_threads_send_comes_before_its_reply(self) -> None:
+        client = self.subscribed()
+
+        @self.app.channel("/____/work")
+        def work(client: ChannelClient) -> str:
+            def send() -> None:
+                for i in range(100):
+                    client.send(str(i))
+            thread = threading.Thread(target=send)
+            thread.start()
+            thread.join(5)
+            self.app.broadcast("____", "100")
+            return "done"
+
+        @self.app.channel("/____/work-threaded", threaded=True)
+        def threaded(client: ChannelClient) -> str:
+            for i in range(101):
+                client.send(str(i))
+            return "done"
+        for name in ("work", "work-threaded"):
+            client.send_json({"channel": "____", "message": name})
+            self.assertEqual([client.recv_json()["message"] for _ in range(102)],
+                             [*map(str, range(101)), "done"])
+
+    def test_down_sends_what_was_handed_over_before(self) -> None:
+        client = self.subscribed()
+        with self.held(client):
+            for i in range(200):
+                self.assertTrue(self.app.broadcast("____", str(i)))
+            thread = threading.Thread(target=self.app.down)
+            thread.start()
+            self.until(lambda: len(self.app._handover._calls) > 200)  # type: ignore[union-attr]
+        self.assertEqual([client.recv_json()["message"] for _ in range(201)],
+                         [*map(str, range(200)), "held"])
+        self.assertEqual(client.recv_close()[0], 1001)
+        thread.join(10)
+
+    def test_a_wake_up_that_never_came(self) -> None:
+        client = self.subscribed()
+        assert self.app._handover
+        self.app._handover._woken = True  # Ctrl+C came before the thread could wake the loop
+        self.app.broadcast("____", "x")
+        self.assertEqual(client.recv_json()["message"], "x")
+
+    def test_json_is_encoded_in_the_callers_thread(self) -> None:
+        encoded_in: list[int] = []
+        self.app.config.json_default = lambda value: encoded_in.append(threading.get_ident())
+        client = self.subscribed()
+        self.app.broadcast("____", "x", object())
+        self.app.connected_clients()[0].send("x", object())
+        self.assertEqual(encoded_in, [threading.get_ident()] * 2)
+        for _ in range(2):
+            self.assertEqual(client.recv_json()["payload"], None)
+
+    def test_threaded_handlers_wait_for_a_thread(self) -> None:
+        self.app.config.max_threads = 2
+        clients = [self.subscribed() for _ in range(4)]
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            logging.getLogger("webchannels").setLevel(logging.WARNING)
+            for client in clients:
+                client.send_json({"channel": "____", "message": "wait", "payload": 10, "ref": 1})
+            self.until(lambda: self.app._pool._busy == 4)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("all 2 threads for handlers are busy", logs.output[0])
+        self.waiting.set()
+        for client in clients:
+            self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
+        names = [each.name for each in threading.enumerate() if each.name == "webchannels"]
+        self.assertEqual(len(names), 3)  # the server's, and two
+
+
+class ContextTest(ServerTest):
+    """Each handler runs in a context of its own, and nothing that it raises harms others."""
+
+    SEEN: contextvars.ContextVar[str] = contextvars.ContextVar("SEEN", default="nothing")
+
+    def configure(self, app: WebChannels) -> None:
+        token = self.SEEN.set("from up()")
+        self.addCleanup(self.SEEN.reset, token)
+
+        def sync(payload: Any = "route") -> str:
+            seen, _ = self.SEEN.get(), self.SEEN.set(str(payload))
+            return seen
+
+        async def asynchronous(payload: Any = "route") -> str:
+            await asyncio.sleep(0)
+            return sync(payload)
+        for name, handler, threaded in (("def", sync, False), ("threaded", sync, True),
+                                        ("async", asynchronous, False)):
+            app.channel(f"/____/{name}", handler, threaded=threaded)
+            app.route(f"/{name}", handler, threaded=threaded)
+        for error in (GeneratorExit("x"), asyncio.CancelledError("x"), Unusual("x")):
+            self.raises(type(error).__name__, error)
+
+    def raises(self, name: str, error: BaseException) -> None:
+        def sync() -> None:
+            raise error
+
+        async def asynchronous() -> None:
+            await asyncio.sleep(0)
+            raise error
+        for kind, handler, threaded in (("def", sync, False), ("threaded", sync, True),
+                                        ("async", asynchronous, False)):
+            self.app.channel(f"/____/{name}-{kind}", handler, threaded=threaded)
+            self.app.route(f"/{name}-{kind}", handler, threaded=threaded)
+
+    def test_a_context_of_its_own(self) -> None:
+        client = self.connect()
+        for name in ("def", "threaded", "async"):
+            for _ in range(2):
+                client.send_json({"channel": "____", "message": name, "payload": "leak"})
+                self.assertEqual(client.recv_text(), "from up()")
+                self.assertEqual(request("GET", f"{self.url}/{name}").body, b"from up()")
+
+    def test_a_client_that_was_behind_has_no_context_of_anothers(self) -> None:
+        @self.app.channel("/____/fill")
+        def fill(client: ChannelClient) -> None:
+            self.SEEN.set("leak")
+            for each in self.app.connected_clients():
+                if each is not client:
+                    each.send("x" * 20_000_000)  # more than the system takes
+        self.app.config.max_send_buffer = 40_000_000
+        one, two = self.connect(), self.connect()
+        for _ in range(2):
+            one.send_json({"channel": "____", "message": "fill"})
+            one.send_json({"channel": "____", "message": "def", "payload": "x"})
+            self.assertEqual(one.recv_text(), "from up()")
+            two.send_json({"channel": "____", "message": "def", "payload": "x"})
+            self.assertEqual(len(two.recv_text()), 20_000_000)
+            self.assertEqual(two.recv_text(), "from up()")
+
+    def test_base_exceptions(self) -> None:
+        client = self.connect()
+        for name in ("GeneratorExit", "CancelledError", "Unusual"):
+            for kind in ("def", "threaded", "async"):
+                with self.subTest(name, kind=kind):
+                    client.send_json({"channel": "____", "message": f"{name}-{kind}"})
+                    self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+                    self.assertEqual(request("GET", f"{self.url}/{name}-{kind}").status, 500)
+        client.send_json({"channel": "____", "message": "echo", "payload": "on"})
+        self.assertEqual(client.recv_text(), "on")
+
+    def test_an_exit_ends_the_server_and_its_error_comes_out_of_serve(self) -> None:
+        for kind in ("def", "threaded", "async"):
+            for error in (SystemExit(3), KeyboardInterrupt()):
+                with self.subTest(kind, error=error):
+                    self.raises("exit", error)
+                    got: list[BaseException] = []
+
+                    async def main(got: list[BaseException] = got) -> None:
+                        try:
+                            await self.app.serve(0)
+                        except BaseException as raised:
+                            got.append(raised)
+                    self.app.down()
+                    thread = threading.Thread(target=asyncio.run, args=(main(),))
+                    thread.start()
+                    self.url = self.until(lambda: self.app.url)
+                    client, other = self.connect(), self.connect()
+                    client.send_json({"channel": "____", "message": f"exit-{kind}"})
+                    self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+                    for each in (client, other):
+                        self.assertEqual(each.recv_close(), (1001, "server going down"))
+                    thread.join(10)
+                    self.assertEqual(got, [error])
+
+
+class Unusual(BaseException):
+    """As pytest's outcomes are."""
 
 
 class PageTest(unittest.TestCase):

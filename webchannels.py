@@ -1857,6 +1857,8 @@ class WebChannels:
             return await result
         except (SystemExit, KeyboardInterrupt) as error:
             raise self._exit(error) from error
+        except GeneratorExit as error:  # it would end what awaits this, too
+            raise RuntimeError("a handler raised GeneratorExit") from error
 
     def _exit(self, error: BaseException) -> Exception:
         """A handler ends the program: `serve()` raises it, when all is closed. (asyncio would do so
