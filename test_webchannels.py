@@ -2686,12 +2686,12 @@ class ThreadsTest(ServerTest):
 
     def test_a_log_handler_that_broadcasts(self) -> None:
         class Broadcasts(logging.Handler):
-            def emit(handler, record: logging.LogRecord) -> None:
+            def emit(self, record: logging.LogRecord) -> None:
                 in_emit.set()
-                self.entered.wait(10)  # until a handler wants to log, too
-                self.app.broadcast("____", record.getMessage())
-        log, in_emit, client = logging.getLogger("webchannels-test"), threading.Event(), None
-        handler = Broadcasts()
+                entered.wait(10)  # until a handler wants to log, too
+                app.broadcast("____", record.getMessage())
+        log, in_emit = logging.getLogger("webchannels-test"), threading.Event()
+        app, entered, handler = self.app, self.entered, Broadcasts()
         log.addHandler(handler)
         self.addCleanup(log.removeHandler, handler)
 
@@ -3326,6 +3326,63 @@ def stuck():
             terminal.type("\x03")
             terminal.expect("after")
             self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_a_handler_in_a_thread_that_never_returns_lets_the_program_end(self) -> None:
+        for block, number in ((True, signal.SIGTERM), (False, None)):
+            terminal = self.script("""
+@route("/never", threaded=True)
+def never():
+    print("stuck", flush=True)
+    while True: time.sleep(0.01)
+""" + ("up(0)" if block else "print(up(0, block=False)); sys.stdin.readline()"))
+            url = terminal.expect(r"(http://127.0.0.1:\d+)[ \n]")[1]
+            with Connection(url) as connection:
+                connection.send_raw(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                terminal.expect("stuck\n")
+                if number:
+                    terminal.process.send_signal(number)
+                else:
+                    terminal.type("\n")
+                self.assertEqual(terminal.end(10)[0], 0)
+
+    def test_an_exit_in_a_handler_ends_the_program_with_its_code(self) -> None:
+        for decorator, handler in (("@route('/exit')", "def"), ("@route('/exit')", "async def"),
+                                   ("@route('/exit', threaded=True)", "def")):
+            terminal = self.script(f"""
+{decorator}
+{handler} end(): sys.exit(3)
+up(0)
+print("after")
+""")
+            url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+            with WebSocketClient(url) as client:
+                self.assertEqual(request("GET", url + "/exit").status, 500)
+                self.assertEqual(client.recv_close(), (1001, "server going down"))
+            status, said = terminal.end()
+            self.assertEqual(status, 3)
+            self.assertNotIn("after", said)
+            self.assertIn("a handler ended the program: SystemExit(3)", said)
+
+    def test_down_in_a_signal_handler_that_interrupts_a_broadcast(self) -> None:
+        app = self.app()
+        app.up(0, block=False)
+        self.addCleanup(app.down)
+        client = WebSocketClient(app.url)
+        self.addCleanup(client.close)
+        client.send_json({"channel": "____", "message": "subscribe"})
+        self.assertEqual(client.recv_text(), "Subscription: OK")
+        loop: Any = app._loop
+        schedule = loop.call_soon_threadsafe
+
+        def interrupted(*call: Any) -> Any:
+            loop.call_soon_threadsafe = schedule
+            app.down()
+            return schedule(*call)
+        with mock.patch.object(loop, "call_soon_threadsafe", interrupted), \
+                self.assertLogs("webchannels", "INFO") as logs:
+            app.broadcast("____", "x")
+        self.assertNotIn("could not stop", "".join(logs.output))
+        self.assertEqual(app.url, "")
 
     def test_the_page_opens_in_a_browser(self) -> None:
         terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",

@@ -1347,7 +1347,8 @@ class Handover:
             self._calls.append((size, call))
             if not self._woken:
                 self._woken, self._moved = True, time.monotonic()
-                self._loop.call_soon_threadsafe(self.take)
+                with contextlib.suppress(RuntimeError):  # closed: a signal handler called down()
+                    self._loop.call_soon_threadsafe(self.take)
         return True
 
     def take(self) -> None:
