@@ -12,7 +12,9 @@ import concurrent.futures
 import contextlib
 import contextvars
 import email.utils
+import errno
 import functools
+import gc
 import hashlib
 import html.parser
 import importlib.util
@@ -42,7 +44,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 from unittest import mock
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import webchannels
 from webchannels import (
@@ -734,6 +736,19 @@ class RouterTest(unittest.TestCase):
             router.add(other, webchannels.Endpoint(lambda: "new", other))
             self.assertEqual(self.found(router, "/a" if path == "/a" else "/q/y")[0], "new")
 
+    def test_a_path_is_found_with_its_endpoint_or_not_at_all(self) -> None:
+        router, seen = webchannels.Router(), []
+
+        class Method(str):
+            def __hash__(self) -> int:
+                found = router.find("/a/x")  # as another thread may, at any time
+                seen.append(found and len(found[0]))
+                return str.__hash__(self)
+        for path in ("/a/x", "/a/:y"):
+            router.add(path, webchannels.Endpoint(lambda y=0: None, path), Method("GET"))
+        self.assertTrue(seen)
+        self.assertNotIn(0, seen)
+
     def test_a_name_is_not_a_path(self) -> None:
         router = webchannels.Router()
         router.add("/:x", webchannels.Endpoint(lambda: "any", "/:x"))
@@ -756,6 +771,13 @@ class RouterTest(unittest.TestCase):
         nameless = functools.partial(lambda: None)
         self.assertEqual(webchannels.Endpoint(nameless).name, repr(nameless))
 
+    def test_annotations_may_name_what_is_not_defined(self) -> None:
+        source = "def handler(payload: Undefined) -> Undefined: return payload"
+        names: dict[str, Any] = {}  # before Python 3.14, annotations are evaluated at once
+        exec(compile(source, "x", "exec", 0, sys.version_info >= (3, 14)), names)
+        endpoint = webchannels.Endpoint(names["handler"], supplied={"payload"})
+        self.assertEqual(endpoint({"payload": 5}), 5)
+
     def test_bad_registrations(self) -> None:
         app = WebChannels()
         for path in ("a", "", "/:", "/:1", "/:n::complex", "/:n/:n", "/:n::"[:-1]):
@@ -772,6 +794,15 @@ class RouterTest(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "async"):
             async def handler() -> None: ...
             app.route("/", handler, threaded=True)
+
+        class Callable_:
+            async def __call__(self) -> None: ...
+        with self.assertRaisesRegex(TypeError, "async"):
+            app.route("/", Callable_(), threaded=True)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "first comes the path"):
+                @register  # type: ignore[arg-type]
+                def bare() -> None: ...
         with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
             app.on_connect(lambda payload: None)
         for register in (app.route, app.channel):
@@ -1245,6 +1276,7 @@ class HttpTest(ServerTest):
         app.route("/error", self.error)
         app.route("/bad-error", self.bad_error)
         app.route("/bad-status", lambda: Response(status=99))
+        app.route("/set-body", self.set_body)
         app.route("/response", lambda: Response("x", 201, [("X-A", "1"), ("X-A", "2")], "text/x"))
         app.route("/hi/:name/:n::int", lambda name, n, q="-": {"name": name, "n": n, "q": q})
         app.route("/needs", lambda who: who)
@@ -1256,6 +1288,11 @@ class HttpTest(ServerTest):
         app.route("/split", lambda: Response("", headers={"X": "a\r\nSet-Cookie: b"}))
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
+
+    def set_body(self) -> Response:
+        response = Response("x")
+        response.body = "text"  # type: ignore[assignment]
+        return response
 
     def bad_error(self) -> None:
         raise HTTPError(404, headers={"X": "a\r\nb"})
@@ -1288,6 +1325,7 @@ class HttpTest(ServerTest):
                 ("/boom", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/bad-error", 500, None, b"Internal server error"),
                 ("/bad-status", 500, None, b"Internal server error"),
+                ("/set-body", 500, None, b"Internal server error"),
                 ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
@@ -3017,8 +3055,9 @@ class UpAndDownTest(unittest.TestCase):
                 other.up(port, block=False)
             other.up(0, block=False)
             other.down()
-            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: "):
+            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: ") as got:
                 other.up(0, "203.0.113.1", block=False)  # RFC 5737: nobody's
+            self.assertEqual(got.exception.errno, errno.EADDRNOTAVAIL)
 
     def test_a_system_that_cannot_share_a_port(self) -> None:
         if hasattr(socket, "SO_REUSEPORT"):
@@ -3262,6 +3301,127 @@ class UpAndDownTest(unittest.TestCase):
 
         self.assertEqual(asyncio.run(main()), b"page")
 
+    def test_serve_cancelled_twice_closes_all(self) -> None:
+        app = self.app(shutdown_timeout=60)
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            with await loop.run_in_executor(None, WebSocketClient, app.url) as client, \
+                    Connection(app.url) as http:
+                client.send_json({"channel": "____", "message": "sleep", "payload": 60})
+                http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n")
+                while not app._http or not any(each._task for each in app._sockets):
+                    await asyncio.sleep(0.01)
+                for _ in range(2):
+                    serving.cancel()
+                    await asyncio.sleep(0.05)
+                with self.assertRaises(asyncio.CancelledError):
+                    await serving
+                self.assertEqual((app.url, app.connected_clients()), ("", []))
+                self.assertEqual(await loop.run_in_executor(None, http.rest, 5), b"")
+                self.assertEqual(await loop.run_in_executor(None, client.recv_close, 5),
+                                 (1001, "server going down"))
+        asyncio.run(main())
+
+    def test_serve_cancelled_while_it_starts_leaves_no_socket(self) -> None:
+        app = self.app()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        async def main(turns: int) -> None:
+            serving = asyncio.ensure_future(app.serve(port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+        for turns in range(6):
+            asyncio.run(main(turns))
+
+    def test_a_loop_that_was_closed_does_not_serve(self) -> None:
+        app, loop = self.app(), asyncio.new_event_loop()
+        log = logging.getLogger("asyncio")  # it tells of tasks that were destroyed
+        self.addCleanup(setattr, log, "disabled", log.disabled)
+        log.disabled = True
+        serving = loop.create_task(app.serve(port=0))
+        while not app.url:
+            loop.run_until_complete(asyncio.sleep(0.01))
+        with loop.run_until_complete(loop.run_in_executor(None, WebSocketClient, app.url)):
+            while not app.connected_clients():
+                loop.run_until_complete(asyncio.sleep(0.01))
+            client = app.connected_clients()[0]
+            app.subscribe(client, "____")
+            loop.close()
+            app._thread = 0  # as in another thread
+            self.assertFalse(app.broadcast("____", "x") or client.send("x"))
+            app.unsubscribe(client, "____")
+            app.down()
+            with warnings.catch_warnings(), serve(app) as url:
+                warnings.simplefilter("ignore", ResourceWarning)  # nobody closed anything
+                del serving, client
+                gc.collect()
+                self.assertEqual(request("GET", url).body, b"page")
+                self.assertEqual(app.connected_clients(), [])
+
+    def test_the_loops_exception_handler(self) -> None:
+        app, told = self.app(), []
+
+        def mine(loop: Any, context: Any) -> None:
+            told.append(context["exception"])
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            loop.default_exception_handler = (  # type: ignore[method-assign]
+                lambda context: mine(loop, context))
+            app._stopping = True
+            for error in (ValueError("of somebody else's"), OSError(5, "x")):
+                loop.call_exception_handler({"message": "x", "exception": error})
+                self.assertEqual(told.pop(), error)
+            loop.set_exception_handler(mine)
+            app.down()
+            await serving
+            self.assertEqual(loop.get_exception_handler(), mine)
+        asyncio.run(main())
+
+    def test_a_shutdown_timeout_without_end(self) -> None:
+        with serve(self.app(shutdown_timeout=float("inf"))) as url:
+            self.assertEqual(request("GET", url).body, b"page")
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_unix_sockets(self) -> None:
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        addresses = [f"{folder}/a b"]
+        if sys.platform == "linux":
+            addresses.append(f"\0{folder}")
+        for address in addresses:
+            with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as client:
+                sock.bind(address)
+                with serve(self.app(), sock=sock) as url:
+                    path = urlsplit(url).netloc
+                    self.assertEqual((url[:12], unquote(path)), ("http+unix://", address))
+                    client.connect(address)
+                    client.sendall(b"GET / HTTP/1.0\r\nHost: a\r\nOrigin: http://a\r\n\r\n")
+                    self.assertIn(b" 200 OK", client.recv(999))
+
+    def test_a_config_value_of_the_wrong_type_is_told(self) -> None:
+        app = self.app()
+        app.config.disconnected_ttl = "1"  # type: ignore[assignment]
+        with self.assertLogs("webchannels", "ERROR") as logs, serve(app) as url:
+            end = time.monotonic() + 10
+            while not logs.output and time.monotonic() < end:
+                time.sleep(0.01)
+            self.assertEqual(request("GET", url).body, b"page")
+        self.assertRegex(logs.output[0], "is a field of config of the wrong type.*TypeError")
+
     def test_up_blocks_also_in_another_thread_until_down(self) -> None:
         app, said = self.app(), io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -3314,6 +3474,20 @@ def stuck():
                 terminal.process.send_signal(number)
                 self.assertEqual(client.recv_close(), (1001, "server going down"))
             self.assertEqual(terminal.end(), (0, "after\n"))  # no traceback
+
+    def test_a_handler_of_ones_own_for_sigterm_stays(self) -> None:
+        terminal = self.script("""
+import signal
+def mine(*_):
+    print("mine", flush=True)
+    down()
+signal.signal(signal.SIGTERM, mine)
+up(0)
+print(signal.getsignal(signal.SIGTERM) is mine)""")
+        terminal.expect("Serving at ")
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.expect("(?s)mine.*True\n")
+        self.assertEqual(terminal.end()[0], 0)
 
     def test_ctrl_c_twice_ends_a_handler_that_never_does(self) -> None:
         terminal = self.script("up(0)\nprint('after')")

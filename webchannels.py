@@ -133,6 +133,13 @@ def _parse_segment(segment: str) -> tuple[str, type]:
     raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
 
 
+# From Python 3.14 on, inspect evaluates annotations, which may name what does not exist yet.
+_UNEVALUATED: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    import annotationlib
+    _UNEVALUATED["annotation_format"] = annotationlib.Format.FORWARDREF
+
+
 class Endpoint:
     """A handler, the names that it takes, and whether it runs in a thread."""
 
@@ -144,9 +151,10 @@ class Endpoint:
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
         if not path.startswith("/") or len(set(self.path_names)) < len(self.path_names):
             raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
-        if threaded and inspect.iscoroutinefunction(handler):
+        called = (handler, type(handler).__call__)  # an object may be the handler
+        if threaded and any(map(inspect.iscoroutinefunction, called)):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
-        parameters = inspect.signature(handler).parameters.values()
+        parameters = inspect.signature(handler, **_UNEVALUATED).parameters.values()
         self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
         self.takes = [each.name for each in named]
@@ -186,8 +194,7 @@ class Router:
         node = self._tree
         for part in path.split("/")[1:]:
             node = node.setdefault(_parse_segment(part)[1] if part[:1] == ":" else part, {})
-        endpoints = node.setdefault(None, {})
-        endpoints[method] = endpoint
+        endpoints = node[None] = {**node.get(None, {}), method: endpoint}  # seen as a whole
         if not endpoint.path_names:
             self._static[path] = (endpoints, ())
 
@@ -1621,6 +1628,9 @@ class WebChannels:
 
     def _register(self, router: Router, method: str, path: str, handler: Any,
                   *about: Any) -> Callable[[H], H]:
+        if not isinstance(path, str):
+            raise TypeError(f"first comes the path, as in @route('/path'), not {path!r}")
+
         def register(handler: H) -> H:
             router.add(path, Endpoint(handler, path, *about), method)
             return handler
@@ -1648,7 +1658,8 @@ class WebChannels:
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of the request or message being handled: all, as a dict, or one.
 
-        Raises RuntimeError outside a handler. Example: params("name", "nobody")
+        Raises RuntimeError outside a handler, the tasks that it starts, and asyncio.to_thread(): in
+        what has no copy of its context. Example: params("name", "nobody")
         """
         given = _params.get()
         if given is None:
@@ -1969,6 +1980,8 @@ class WebChannels:
             return Response(status=204)
         if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
             return Response(result, json_default=self.config.json_default)
+        if isinstance(result, Response) and not isinstance(result.body, bytes):
+            raise TypeError(f"the body of {endpoint.name}'s Response was set to what is not bytes")
         if not isinstance(result, Response):
             raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
                             "str, bytes, dict, list, Response or None")
@@ -1998,7 +2011,7 @@ class WebChannels:
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
         if allowed is None:
-            allowed = [f"{self.url.partition(':')[0]}://{request.headers.get('host')}"]
+            allowed = [f"{re.split('[+:]', self.url)[0]}://{request.headers.get('host')}"]
         if text is not None and allowed != "*":
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
@@ -2109,14 +2122,18 @@ class WebChannels:
                 ending.push_async_callback(bus.stop)
                 self._bus = bus
             server = await self._listen(*where)
-            ending.callback(asyncio.ensure_future(self._sweep()).cancel)
+            ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
             ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
             ending.callback(server.close)
             await server.start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url)
-            await self._stop
+            try:
+                await self._stop
+            except GeneratorExit:  # nobody will ever run this loop again; another may serve
+                ending.pop_all()
+                raise
 
     def _finish(self) -> None:
         if self._handover:
@@ -2146,14 +2163,18 @@ class WebChannels:
             if error.errno == errno.EADDRINUSE:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
-            raise OSError(error.errno, hint) from None
+            raise OSError(error.errno or errno.EADDRNOTAVAIL, hint) from None
         self._listening = server.sockets
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
-        address, self.port = names[0][:2] if isinstance(names[0], tuple) else (names[0], 0)
+        scheme = "https" if ssl else "http"
+        if not isinstance(names[0], tuple):  # a Unix socket's path, or bytes if it is abstract
+            self.url = f"{scheme}+unix://{urllib.parse.quote(names[0], safe='')}"
+            return server
+        address, self.port = names[0][:2]
         shown = "localhost" if address in ("0.0.0.0", "::") else address
         shown = f"[{shown}]" if ":" in shown else shown
-        self.url = f"{'https' if ssl else 'http'}://{shown}:{self.port}"
+        self.url = f"{scheme}://{shown}:{self.port}"
         return server
 
     def down(self) -> None:
@@ -2163,8 +2184,8 @@ class WebChannels:
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
         ended, timeout = self._ended, self.config.shutdown_timeout + 2
-        self._give(self._end)
-        waits = threading.get_ident() != self._thread and _params.get() is None
+        alive = self._give(self._end) or self._loop is None  # not in a loop that was closed
+        waits = alive and threading.get_ident() != self._thread and _params.get() is None
         if waits and not ended(min(timeout, threading.TIMEOUT_MAX)):
             logger.warning("a handler holds the event loop: the server could not stop")
 
@@ -2195,6 +2216,14 @@ class WebChannels:
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
         self._pool.end()
 
+    async def _keep_sweeping(self) -> None:
+        while True:
+            try:
+                await self._sweep()
+            except Exception as error:
+                logger.error("the sweep fails: is a field of config of the wrong type? %r", error)
+                await asyncio.sleep(10)
+
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
         while True:
@@ -2219,7 +2248,7 @@ class WebChannels:
             if time.monotonic() > self._warned + 10:
                 self._warned = time.monotonic()
                 logger.warning("%s: accepting pauses", error.strerror)
-        elif not (self._stopping and isinstance(error, ValueError)):  # it accepts, though closed
+        elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
             loop.default_exception_handler(context)
 
     # Threads and forks.
