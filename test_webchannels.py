@@ -3368,6 +3368,26 @@ class UpAndDownTest(unittest.TestCase):
                 self.assertEqual(request("GET", url).body, b"page")
                 self.assertEqual(app.connected_clients(), [])
 
+    def test_what_connects_while_it_stops_is_closed(self) -> None:
+        async def main(turns: int) -> None:
+            app = self.app()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            with contextlib.ExitStack() as stack:
+                for _ in range(20):
+                    stack.enter_context(Connection(app.url))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                app.down()
+                await serving
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for turns in range(6):
+                asyncio.run(main(turns))
+            gc.collect()
+        self.assertEqual([], told)
+
     def test_the_loops_exception_handler(self) -> None:
         app, told = self.app(), []
 

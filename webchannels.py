@@ -2125,7 +2125,7 @@ class WebChannels:
             ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
             ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
-            ending.callback(server.close)
+            ending.push_async_callback(self._stop_listening, server)
             await server.start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url)
@@ -2134,6 +2134,16 @@ class WebChannels:
             except GeneratorExit:  # nobody will ever run this loop again; another may serve
                 ending.pop_all()
                 raise
+
+    async def _stop_listening(self, server: asyncio.AbstractServer) -> None:
+        """asyncio logs each connection that it accepted just before: they have their turn first."""
+        try:
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                for each in self._listening:
+                    asyncio.get_running_loop().remove_reader(each)
+            await asyncio.sleep(0)
+        finally:
+            server.close()
 
     def _finish(self) -> None:
         if self._handover:
