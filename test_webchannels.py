@@ -8,8 +8,11 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
+import contextvars
 import email.utils
+import errno
 import functools
 import gc
 import hashlib
@@ -43,7 +46,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TypeVar
 from unittest import mock
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import webchannels
 from webchannels import (
@@ -735,6 +738,19 @@ class RouterTest(unittest.TestCase):
             router.add(other, webchannels.Endpoint(lambda: "new", other))
             self.assertEqual(self.found(router, "/a" if path == "/a" else "/q/y")[0], "new")
 
+    def test_a_path_is_found_with_its_endpoint_or_not_at_all(self) -> None:
+        router, seen = webchannels.Router(), []
+
+        class Method(str):
+            def __hash__(self) -> int:
+                found = router.find("/a/x")  # as another thread may, at any time
+                seen.append(found and len(found[0]))
+                return str.__hash__(self)
+        for path in ("/a/x", "/a/:y"):
+            router.add(path, webchannels.Endpoint(lambda y=0: None, path), Method("GET"))
+        self.assertTrue(seen)
+        self.assertNotIn(0, seen)
+
     def test_a_name_is_not_a_path(self) -> None:
         router = webchannels.Router()
         router.add("/:x", webchannels.Endpoint(lambda: "any", "/:x"))
@@ -767,6 +783,13 @@ class RouterTest(unittest.TestCase):
         nameless = functools.partial(lambda: None)
         self.assertEqual(webchannels.Endpoint(nameless).name, repr(nameless))
 
+    def test_annotations_may_name_what_is_not_defined(self) -> None:
+        source = "def handler(payload: Undefined) -> Undefined: return payload"
+        names: dict[str, Any] = {}  # before Python 3.14, annotations are evaluated at once
+        exec(compile(source, "x", "exec", 0, sys.version_info >= (3, 14)), names)
+        endpoint = webchannels.Endpoint(names["handler"], supplied={"payload"})
+        self.assertEqual(endpoint({"payload": 5}), 5)
+
     def test_bad_registrations(self) -> None:
         app = WebChannels()
         for path in ("a", "", "/:", "/:1", "/:n::complex", "/:n/:n", "/:n::"[:-1]):
@@ -783,6 +806,15 @@ class RouterTest(unittest.TestCase):
         with self.assertRaisesRegex(TypeError, "async"):
             async def handler() -> None: ...
             app.route("/", handler, threaded=True)
+
+        class Callable_:
+            async def __call__(self) -> None: ...
+        with self.assertRaisesRegex(TypeError, "async"):
+            app.route("/", Callable_(), threaded=True)
+        for register in (app.route, app.channel):
+            with self.assertRaisesRegex(TypeError, "first comes the path"):
+                @register  # type: ignore[arg-type]
+                def bare() -> None: ...
         with self.assertRaisesRegex(TypeError, "asks for 'payload'"):
             app.on_connect(lambda payload: None)
         for register in (app.route, app.channel):
@@ -1299,6 +1331,7 @@ class HttpTest(ServerTest):
         app.route("/error", self.error)
         app.route("/bad-error", self.bad_error)
         app.route("/bad-status", lambda: Response(status=99))
+        app.route("/set-body", self.set_body)
         app.route("/response", lambda: Response("x", 201, [("X-A", "1"), ("X-A", "2")], "text/x"))
         app.route("/hi/:name/:n::int", lambda name, n, q="-": {"name": name, "n": n, "q": q})
         app.route("/needs", lambda who: who)
@@ -1315,6 +1348,11 @@ class HttpTest(ServerTest):
         app.route("/who", lambda who="nobody": who, method="POST")
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
+
+    def set_body(self) -> Response:
+        response = Response("x")
+        response.body = "text"  # type: ignore[assignment]
+        return response
 
     def bad_error(self) -> None:
         raise HTTPError(404, headers={"X": "a\r\nb"})
@@ -1351,6 +1389,7 @@ class HttpTest(ServerTest):
                 ("/cancel", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/bad-error", 500, None, b"Internal server error"),
                 ("/bad-status", 500, None, b"Internal server error"),
+                ("/set-body", 500, None, b"Internal server error"),
                 ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
@@ -2244,12 +2283,13 @@ class BoundsTest(ServerTest):
         text = "x" * 5000
         with mock.patch.object(zlib, "compressobj", wraps=zlib.compressobj) as deflate:
             self.app.broadcast("____", text)
+            for client in clients:
+                self.assertIn(text, client.recv_text())
             self.assertEqual(deflate.call_count, 4)
             self.app.broadcast("____", "text", text)
+            for client in clients:
+                self.assertEqual(client.recv_json()["payload"], text)
             self.assertEqual(deflate.call_count, 6)
-        for client in clients:
-            self.assertIn(text, client.recv_text())
-            self.assertEqual(client.recv_json()["payload"], text)
 
 
 class HandshakeTest(ServerTest):
@@ -3326,8 +3366,8 @@ class RegistryTest(ServerTest):
         clients = [self.subscribed(deflate=True) for _ in range(3)]
         with mock.patch("zlib.compressobj", wraps=zlib.compressobj) as deflater:
             self.app.broadcast("____", "x" * 5000)
-        for client in clients:
-            self.assertEqual(client.recv_json()["message"], "x" * 5000)
+            for client in clients:
+                self.assertEqual(client.recv_json()["message"], "x" * 5000)
         self.assertEqual(deflater.call_count, 1)
 
     def test_values_that_cannot_be_sent_raise_before_anything_is(self) -> None:
@@ -3420,6 +3460,308 @@ class RegistryTest(ServerTest):
         self.assertEqual(seen, {str(who): list(range(each)) for who in range(threads)})
 
 
+class ThreadsTest(ServerTest):
+    """What other threads call: nothing waits for ever, whatever locks are held."""
+
+    def configure(self, app: WebChannels) -> None:
+        self.lock, self.entered = threading.Lock(), threading.Event()
+        app.config.shutdown_timeout = 0.5
+        app.channel("/____/hold", self.hold)
+        app.channel("/____/wait", self.wait, threaded=True)
+        self.waiting = threading.Event()
+
+    def hold(self) -> str:
+        """Hold the event loop until the lock is free."""
+        self.entered.set()
+        with self.lock:
+            return "held"
+
+    def wait(self, payload: float) -> None:
+        self.entered.set()
+        self.waiting.wait(payload)
+
+    def in_thread(self, call: Callable[[], Any], timeout: float = 10) -> Any:
+        """What it returns or raises in a thread; the test fails if it takes too long."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+        threading.Thread(target=run, daemon=True).start()
+        return future.result(timeout)
+
+    def held(self, client: WebSocketClient) -> contextlib.ExitStack:
+        """Have a handler wait for the lock, which is released at the end of the block."""
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.lock)
+        client.send_json({"channel": "____", "message": "hold"})
+        self.assertTrue(self.entered.wait(10))
+        return stack
+
+    def test_a_lock_that_a_handler_wants(self) -> None:
+        app, one, two = self.app, self.subscribed(), self.subscribed()
+        first, second = app.connected_clients()
+
+        def call() -> Any:
+            sent = [app.broadcast("____", str(i)) for i in range(100)]
+            return [*sent, app.broadcast("none", "x"), first.send("last"),
+                    app.connected_clients(), app.connected_clients("____"),
+                    app.disconnected_clients(), app.subscriptions()]
+        with self.held(two):
+            there = [first, second]
+            self.assertEqual(self.in_thread(call), [
+                *[True] * 100, False, True, there, there, [], {"____": there}])
+        got = [one.recv_json()["message"] for _ in range(101)]
+        self.assertEqual(got, [*map(str, range(100)), "last"])
+
+    def test_a_log_handler_that_broadcasts(self) -> None:
+        class Broadcasts(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                in_emit.set()
+                entered.wait(10)  # until a handler wants to log, too
+                app.broadcast("____", record.getMessage())
+        log, in_emit = logging.getLogger("webchannels-test"), threading.Event()
+        app, entered, handler = self.app, self.entered, Broadcasts()
+        log.addHandler(handler)
+        self.addCleanup(log.removeHandler, handler)
+
+        @self.app.channel("/____/log")
+        def tell() -> None:
+            self.entered.set()
+            log.warning("from a handler")
+        client = self.subscribed()
+
+        def first() -> None:
+            log.warning("from a thread")
+        thread = threading.Thread(target=first, daemon=True)
+        thread.start()
+        self.assertTrue(in_emit.wait(10))
+        client.send_json({"channel": "____", "message": "log"})
+        self.assertEqual([client.recv_json()["message"] for _ in range(2)],
+                         ["from a thread", "from a handler"])
+
+    def test_a_thread_far_ahead_of_a_loop_that_is_held_is_told(self) -> None:
+        self.app.config.max_send_buffer = 100_000
+        app = WebChannels(self.app.config)
+        app.channel("/____/hold", self.hold)
+        app.channels_support("____")
+        self.url = self.enterContext_(serve(app))
+        one, two = self.subscribed(), self.subscribed()
+        count = 0
+
+        def flood() -> None:
+            nonlocal count
+            while count < 1000:
+                app.broadcast("____", "x" * 90_000)
+                count += 1
+        with mock.patch.object(webchannels, "_STUCK", 0.2), self.held(two):
+            with self.assertRaisesRegex(TimeoutError, "held the event loop"):
+                self.in_thread(flood)
+            self.assertLess(count, 20)  # of 90,000 bytes, within 800,000; or twice that
+        self.until(lambda: app.broadcast("____", "on") or True)
+        for _ in range(count):
+            self.assertEqual(len(one.recv_json()["message"]), 90_000)
+
+    def test_what_must_wait_for_the_loop_gives_up(self) -> None:
+        client = self.subscribed()
+        there = self.app.connected_clients()[0]
+        with mock.patch.object(webchannels, "_STUCK", 0.1), self.held(client):
+            for call in (lambda: self.app.subscribe(there, "room"), there.close):
+                with self.assertRaisesRegex(TimeoutError, "held the event loop"):
+                    self.in_thread(call)
+        client.send_json({"channel": "____", "message": "echo", "payload": "x", "ref": 1})
+        while client.recv_json().get("ref") != 1:
+            pass
+        self.assertEqual((there.channels, there.connected), ({"____"}, True))
+
+    def test_two_apps_whose_handlers_call_each_other(self) -> None:
+        other = WebChannels()
+        both = threading.Barrier(2)
+
+        def call(app: WebChannels) -> str:
+            both.wait(10)
+            return f"{app.broadcast('____', 'x')} {app.connected_clients()}"
+        self.app.route("/call", lambda: call(other))
+        other.route("/call", lambda: call(self.app))
+        with serve(other) as url, Connection(url) as one, Connection(self.url) as two:
+            for each in (one, two):
+                each.send_raw(b"GET /call HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for each in (one, two):
+                self.assertEqual(each.response().body, b"False []")
+
+    def test_what_a_handlers_threads_send_comes_before_its_reply(self) -> None:
+        client = self.subscribed()
+
+        @self.app.channel("/____/work")
+        def work(client: ChannelClient) -> str:
+            def send() -> None:
+                for i in range(100):
+                    client.send(str(i))
+            thread = threading.Thread(target=send)
+            thread.start()
+            thread.join(5)
+            self.app.broadcast("____", "100")
+            return "done"
+
+        @self.app.channel("/____/work-threaded", threaded=True)
+        def threaded(client: ChannelClient) -> str:
+            for i in range(101):
+                client.send(str(i))
+            return "done"
+        for name in ("work", "work-threaded"):
+            client.send_json({"channel": "____", "message": name})
+            self.assertEqual([client.recv_json()["message"] for _ in range(102)],
+                             [*map(str, range(101)), "done"])
+
+    def test_down_sends_what_was_handed_over_before(self) -> None:
+        client = self.subscribed()
+        with self.held(client):
+            for i in range(200):
+                self.assertTrue(self.app.broadcast("____", str(i)))
+            thread = threading.Thread(target=self.app.down)
+            thread.start()
+            self.until(lambda: len(self.app._handover._calls) > 200)  # type: ignore[union-attr]
+        self.assertEqual([client.recv_json()["message"] for _ in range(201)],
+                         [*map(str, range(200)), "held"])
+        self.assertEqual(client.recv_close()[0], 1001)
+        thread.join(10)
+
+    def test_a_wake_up_that_never_came(self) -> None:
+        client = self.subscribed()
+        assert self.app._handover
+        self.app._handover._woken = True  # Ctrl+C came before the thread could wake the loop
+        self.app.broadcast("____", "x")
+        self.assertEqual(client.recv_json()["message"], "x")
+
+    def test_json_is_encoded_in_the_callers_thread(self) -> None:
+        encoded_in: list[int] = []
+        self.app.config.json_default = lambda value: encoded_in.append(threading.get_ident())
+        client = self.subscribed()
+        self.app.broadcast("____", "x", object())
+        self.app.connected_clients()[0].send("x", object())
+        self.assertEqual(encoded_in, [threading.get_ident()] * 2)
+        for _ in range(2):
+            self.assertEqual(client.recv_json()["payload"], None)
+
+    def test_threaded_handlers_wait_for_a_thread(self) -> None:
+        self.app.config.max_threads = 2
+        clients = [self.subscribed() for _ in range(4)]
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            logging.getLogger("webchannels").setLevel(logging.WARNING)
+            for client in clients:
+                client.send_json({"channel": "____", "message": "wait", "payload": 10, "ref": 1})
+            self.until(lambda: self.app._pool._busy == 4)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("all 2 threads for handlers are busy", logs.output[0])
+        self.waiting.set()
+        for client in clients:
+            self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
+        names = [each.name for each in threading.enumerate() if each.name == "webchannels"]
+        self.assertEqual(len(names), 3)  # the server's, and two
+
+
+class ContextTest(ServerTest):
+    """Each handler runs in a context of its own, and nothing that it raises harms others."""
+
+    SEEN: contextvars.ContextVar[str] = contextvars.ContextVar("SEEN", default="nothing")
+
+    def configure(self, app: WebChannels) -> None:
+        token = self.SEEN.set("from up()")
+        self.addCleanup(self.SEEN.reset, token)
+
+        def sync(payload: Any = "route") -> str:
+            seen, _ = self.SEEN.get(), self.SEEN.set(str(payload))
+            return seen
+
+        async def asynchronous(payload: Any = "route") -> str:
+            await asyncio.sleep(0)
+            return sync(payload)
+        for name, handler, threaded in (("def", sync, False), ("threaded", sync, True),
+                                        ("async", asynchronous, False)):
+            app.channel(f"/____/{name}", handler, threaded=threaded)
+            app.route(f"/{name}", handler, threaded=threaded)
+        for error in (GeneratorExit("x"), asyncio.CancelledError("x"), Unusual("x")):
+            self.raises(type(error).__name__, error)
+
+    def raises(self, name: str, error: BaseException) -> None:
+        def sync() -> None:
+            raise error
+
+        async def asynchronous() -> None:
+            await asyncio.sleep(0)
+            raise error
+        for kind, handler, threaded in (("def", sync, False), ("threaded", sync, True),
+                                        ("async", asynchronous, False)):
+            self.app.channel(f"/____/{name}-{kind}", handler, threaded=threaded)
+            self.app.route(f"/{name}-{kind}", handler, threaded=threaded)
+
+    def test_a_context_of_its_own(self) -> None:
+        client = self.connect()
+        for name in ("def", "threaded", "async"):
+            for _ in range(2):
+                client.send_json({"channel": "____", "message": name, "payload": "leak"})
+                self.assertEqual(client.recv_text(), "from up()")
+                self.assertEqual(request("GET", f"{self.url}/{name}").body, b"from up()")
+
+    def test_a_client_that_was_behind_has_no_context_of_anothers(self) -> None:
+        @self.app.channel("/____/fill")
+        def fill(client: ChannelClient) -> None:
+            self.SEEN.set("leak")
+            for each in self.app.connected_clients():
+                if each is not client:
+                    each.send("x" * 20_000_000)  # more than the system takes
+        self.app.config.max_send_buffer = 40_000_000
+        one, two = self.connect(), self.connect()
+        for _ in range(2):
+            one.send_json({"channel": "____", "message": "fill"})
+            one.send_json({"channel": "____", "message": "def", "payload": "x"})
+            self.assertEqual(one.recv_text(), "from up()")
+            two.send_json({"channel": "____", "message": "def", "payload": "x"})
+            self.assertEqual(len(two.recv_text()), 20_000_000)
+            self.assertEqual(two.recv_text(), "from up()")
+
+    def test_base_exceptions(self) -> None:
+        client = self.connect()
+        for name in ("GeneratorExit", "CancelledError", "Unusual"):
+            for kind in ("def", "threaded", "async"):
+                with self.subTest(name, kind=kind):
+                    client.send_json({"channel": "____", "message": f"{name}-{kind}"})
+                    self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+                    self.assertEqual(request("GET", f"{self.url}/{name}-{kind}").status, 500)
+        client.send_json({"channel": "____", "message": "echo", "payload": "on"})
+        self.assertEqual(client.recv_text(), "on")
+
+    def test_an_exit_ends_the_server_and_its_error_comes_out_of_serve(self) -> None:
+        for kind in ("def", "threaded", "async"):
+            for error in (SystemExit(3), KeyboardInterrupt()):
+                with self.subTest(kind, error=error):
+                    self.raises("exit", error)
+                    got: list[BaseException] = []
+
+                    async def main(got: list[BaseException] = got) -> None:
+                        try:
+                            await self.app.serve(0)
+                        except BaseException as raised:
+                            got.append(raised)
+                    self.app.down()
+                    thread = threading.Thread(target=asyncio.run, args=(main(),))
+                    thread.start()
+                    self.url = self.until(lambda: self.app.url)
+                    client, other = self.connect(), self.connect()
+                    client.send_json({"channel": "____", "message": f"exit-{kind}"})
+                    self.assertEqual(client.recv_text(), "ERROR : 500 - Internal error")
+                    for each in (client, other):
+                        self.assertEqual(each.recv_close(), (1001, "server going down"))
+                    thread.join(10)
+                    self.assertEqual(got, [error])
+
+
+class Unusual(BaseException):
+    """As pytest's outcomes are."""
+
+
 class PageTest(unittest.TestCase):
     def test_channels_support(self) -> None:
         app = WebChannels()
@@ -3507,8 +3849,9 @@ class UpAndDownTest(unittest.TestCase):
                 other.up(port, block=False)
             other.up(0, block=False)
             other.down()
-            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: "):
+            with self.assertRaisesRegex(OSError, "cannot serve on port 0 of 203.0.113.1: ") as got:
                 other.up(0, "203.0.113.1", block=False)  # RFC 5737: nobody's
+            self.assertEqual(got.exception.errno, errno.EADDRNOTAVAIL)
 
     def test_a_system_that_cannot_share_a_port(self) -> None:
         if hasattr(socket, "SO_REUSEPORT"):
@@ -3822,6 +4165,147 @@ class UpAndDownTest(unittest.TestCase):
             self.assertGreater(max(waits), 0.5)
             waits.clear()
 
+    def test_serve_cancelled_twice_closes_all(self) -> None:
+        app = self.app(shutdown_timeout=60)
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            with await loop.run_in_executor(None, WebSocketClient, app.url) as client, \
+                    Connection(app.url) as http:
+                client.send_json({"channel": "____", "message": "sleep", "payload": 60})
+                http.send_raw(b"GET /sleep HTTP/1.1\r\nHost: localhost\r\n")
+                while not app._http or not any(each._task for each in app._sockets):
+                    await asyncio.sleep(0.01)
+                for _ in range(2):
+                    serving.cancel()
+                    await asyncio.sleep(0.05)
+                with self.assertRaises(asyncio.CancelledError):
+                    await serving
+                self.assertEqual((app.url, app.connected_clients()), ("", []))
+                self.assertEqual(await loop.run_in_executor(None, http.rest, 5), b"")
+                self.assertEqual(await loop.run_in_executor(None, client.recv_close, 5),
+                                 (1001, "server going down"))
+        asyncio.run(main())
+
+    def test_serve_cancelled_while_it_starts_leaves_no_socket(self) -> None:
+        app = self.app()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+
+        async def main(turns: int) -> None:
+            serving = asyncio.ensure_future(app.serve(port))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+            with self.assertRaises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", port)).close()
+        for turns in range(6):
+            asyncio.run(main(turns))
+
+    def test_a_loop_that_was_closed_does_not_serve(self) -> None:
+        app, loop = self.app(), asyncio.new_event_loop()
+        log = logging.getLogger("asyncio")  # it tells of tasks that were destroyed
+        self.addCleanup(setattr, log, "disabled", log.disabled)
+        log.disabled = True
+        serving = loop.create_task(app.serve(port=0))
+        while not app.url:
+            loop.run_until_complete(asyncio.sleep(0.01))
+        with loop.run_until_complete(loop.run_in_executor(None, WebSocketClient, app.url)):
+            while not app.connected_clients():
+                loop.run_until_complete(asyncio.sleep(0.01))
+            client = app.connected_clients()[0]
+            app.subscribe(client, "____")
+            loop.close()
+            app._thread = 0  # as in another thread
+            self.assertFalse(app.broadcast("____", "x") or client.send("x"))
+            app.unsubscribe(client, "____")
+            app.down()
+            with warnings.catch_warnings(), serve(app) as url:
+                warnings.simplefilter("ignore", ResourceWarning)  # nobody closed anything
+                del serving, client
+                gc.collect()
+                self.assertEqual(request("GET", url).body, b"page")
+                self.assertEqual(app.connected_clients(), [])
+
+    def test_what_connects_while_it_stops_is_closed(self) -> None:
+        async def main(turns: int) -> None:
+            app = self.app()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            with contextlib.ExitStack() as stack:
+                for _ in range(20):
+                    stack.enter_context(Connection(app.url))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                app.down()
+                await serving
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for turns in range(6):
+                asyncio.run(main(turns))
+            gc.collect()
+        self.assertEqual([], told)
+
+    def test_the_loops_exception_handler(self) -> None:
+        app, told = self.app(), []
+
+        def mine(loop: Any, context: Any) -> None:
+            told.append(context["exception"])
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url:
+                await asyncio.sleep(0.01)
+            loop.default_exception_handler = (  # type: ignore[method-assign]
+                lambda context: mine(loop, context))
+            app._stopping = True
+            for error in (ValueError("of somebody else's"), OSError(5, "x")):
+                loop.call_exception_handler({"message": "x", "exception": error})
+                self.assertEqual(told.pop(), error)
+            loop.set_exception_handler(mine)
+            app.down()
+            await serving
+            self.assertEqual(loop.get_exception_handler(), mine)
+        asyncio.run(main())
+
+    def test_a_shutdown_timeout_without_end(self) -> None:
+        with serve(self.app(shutdown_timeout=float("inf"))) as url:
+            self.assertEqual(request("GET", url).body, b"page")
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    def test_unix_sockets(self) -> None:
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        addresses = [f"{folder}/a b"]
+        if sys.platform == "linux":
+            addresses.append(f"\0{folder}")
+        for address in addresses:
+            with socket.socket(socket.AF_UNIX) as sock, socket.socket(socket.AF_UNIX) as client:
+                sock.bind(address)
+                with serve(self.app(), sock=sock) as url:
+                    path = urlsplit(url).netloc
+                    self.assertEqual((url[:12], unquote(path)), ("http+unix://", address))
+                    client.connect(address)
+                    client.sendall(b"GET / HTTP/1.0\r\nHost: a\r\nOrigin: http://a\r\n\r\n")
+                    self.assertIn(b" 200 OK", client.recv(999))
+
+    def test_a_config_value_of_the_wrong_type_is_told(self) -> None:
+        app = self.app()
+        app.config.disconnected_ttl = "1"  # type: ignore[assignment]
+        with self.assertLogs("webchannels", "ERROR") as logs, serve(app) as url:
+            end = time.monotonic() + 10
+            while not logs.output and time.monotonic() < end:
+                time.sleep(0.01)
+            self.assertEqual(request("GET", url).body, b"page")
+        self.assertRegex(logs.output[0], "is a field of config of the wrong type.*TypeError")
+
     def test_up_blocks_also_in_another_thread_until_down(self) -> None:
         app, said = self.app(), io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -3875,20 +4359,19 @@ def stuck():
                 self.assertEqual(client.recv_close(), (1001, "server going down"))
             self.assertEqual(terminal.end(), (0, "after\n"))  # no traceback
 
-    def test_the_programs_own_signal_handler_is_back_after_it_blocked(self) -> None:
+    def test_a_handler_of_ones_own_for_sigterm_stays(self) -> None:
         terminal = self.script("""
 import signal
-signal.signal(signal.SIGTERM, lambda *given: print("mine"))
-for _ in range(2):
-    up(0)
-    os.kill(os.getpid(), signal.SIGTERM)
-print("after")
-""")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")
-            terminal.process.send_signal(number)
-            terminal.expect("mine\n")
-        self.assertEqual(terminal.end(), (0, "after\n"))
+def mine(*_):
+    print("mine", flush=True)
+    down()
+signal.signal(signal.SIGTERM, mine)
+up(0)
+print(signal.getsignal(signal.SIGTERM) is mine)""")
+        terminal.expect("Serving at ")
+        terminal.process.send_signal(signal.SIGTERM)
+        terminal.expect("(?s)mine.*True\n")
+        self.assertEqual(terminal.end()[0], 0)
 
     def test_ctrl_c_twice_ends_a_handler_that_never_does(self) -> None:
         terminal = self.script("up(0)\nprint('after')")
@@ -3901,6 +4384,63 @@ print("after")
             terminal.type("\x03")
             terminal.expect("after")
             self.assertEqual(terminal.process.wait(10), 0)
+
+    def test_a_handler_in_a_thread_that_never_returns_lets_the_program_end(self) -> None:
+        for block, number in ((True, signal.SIGTERM), (False, None)):
+            terminal = self.script("""
+@route("/never", threaded=True)
+def never():
+    print("stuck", flush=True)
+    while True: time.sleep(0.01)
+""" + ("up(0)" if block else "print(up(0, block=False)); sys.stdin.readline()"))
+            url = terminal.expect(r"(http://127.0.0.1:\d+)[ \n]")[1]
+            with Connection(url) as connection:
+                connection.send_raw(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                terminal.expect("stuck\n")
+                if number:
+                    terminal.process.send_signal(number)
+                else:
+                    terminal.type("\n")
+                self.assertEqual(terminal.end(10)[0], 0)
+
+    def test_an_exit_in_a_handler_ends_the_program_with_its_code(self) -> None:
+        for decorator, handler in (("@route('/exit')", "def"), ("@route('/exit')", "async def"),
+                                   ("@route('/exit', threaded=True)", "def")):
+            terminal = self.script(f"""
+{decorator}
+{handler} end(): sys.exit(3)
+up(0)
+print("after")
+""")
+            url = terminal.expect(r"Serving at (http://127.0.0.1:\d+) ")[1]
+            with WebSocketClient(url) as client:
+                self.assertEqual(request("GET", url + "/exit").status, 500)
+                self.assertEqual(client.recv_close(), (1001, "server going down"))
+            status, said = terminal.end()
+            self.assertEqual(status, 3)
+            self.assertNotIn("after", said)
+            self.assertIn("a handler ended the program: SystemExit(3)", said)
+
+    def test_down_in_a_signal_handler_that_interrupts_a_broadcast(self) -> None:
+        app = self.app()
+        app.up(0, block=False)
+        self.addCleanup(app.down)
+        client = WebSocketClient(app.url)
+        self.addCleanup(client.close)
+        client.send_json({"channel": "____", "message": "subscribe"})
+        self.assertEqual(client.recv_text(), "Subscription: OK")
+        loop: Any = app._loop
+        schedule = loop.call_soon_threadsafe
+
+        def interrupted(*call: Any) -> Any:
+            loop.call_soon_threadsafe = schedule
+            app.down()
+            return schedule(*call)
+        with mock.patch.object(loop, "call_soon_threadsafe", interrupted), \
+                self.assertLogs("webchannels", "INFO") as logs:
+            app.broadcast("____", "x")
+        self.assertNotIn("could not stop", "".join(logs.output))
+        self.assertEqual(app.url, "")
 
     def test_the_page_opens_in_a_browser(self) -> None:
         terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",

@@ -45,6 +45,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -97,6 +98,7 @@ class Config:
     max_inflation: int = 20  # times a message may inflate (and 64 KiB a second); past it 1009
     max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
     max_subscriptions: int = 1000  # channels for each client
+    max_threads: int = 32  # for threaded=True handlers; when all are busy, the next one waits
     max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
     handshake_timeout: float = 10  # for a request, a message or a closing handshake to arrive
     keep_alive_timeout: float = 75  # for an HTTP connection to be idle
@@ -196,6 +198,13 @@ def _parse_segment(segment: str) -> tuple[str, type]:
     raise ValueError(f"{segment!r} is not :name, :name::int, :name::float or :name::str")
 
 
+# From Python 3.14 on, inspect evaluates annotations, which may name what does not exist yet.
+_UNEVALUATED: dict[str, Any] = {}
+if sys.version_info >= (3, 14):
+    import annotationlib
+    _UNEVALUATED["annotation_format"] = annotationlib.Format.FORWARDREF
+
+
 class Endpoint:
     """A handler, the names that it takes, and whether it runs in a thread."""
 
@@ -207,9 +216,10 @@ class Endpoint:
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
         if not path.startswith("/") or len(set(self.path_names)) < len(self.path_names):
             raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
-        if threaded and inspect.iscoroutinefunction(handler):
+        called = (handler, type(handler).__call__)  # an object may be the handler
+        if threaded and any(map(inspect.iscoroutinefunction, called)):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
-        parameters = inspect.signature(handler).parameters.values()
+        parameters = inspect.signature(handler, **_UNEVALUATED).parameters.values()
         self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
         self.bound: set[str] = set()  # what functools.partial() binds is the program's alone
@@ -255,8 +265,7 @@ class Router:
         node = self._tree
         for part in path.split("/")[1:]:
             node = node.setdefault(_parse_segment(part)[1] if part[:1] == ":" else part, {})
-        endpoints = node.setdefault(None, {})
-        endpoints[method] = endpoint
+        endpoints = node[None] = {**node.get(None, {}), method: endpoint}  # seen as a whole
         if not endpoint.path_names:
             self._static[path] = (endpoints, ())
 
@@ -965,6 +974,9 @@ class Push:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
         check_size(settings, self._bodies[1])
 
+    def __len__(self) -> int:
+        return sum(map(len, self._bodies))
+
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
@@ -1002,11 +1014,11 @@ _params: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
 
 
 def _on_loop(method: H) -> H:
-    """Run a method in the thread of its app's event loop, where all state lives."""
+    """Run a method in the thread of its app's event loop, where all state is changed."""
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         app: WebChannels = getattr(self, "_app", self)
-        if threading.get_ident() == app._thread:
+        if app._here():
             return method(self, *args, **kwargs)
         return app._call(functools.partial(method, self, *args, **kwargs))
     return call  # type: ignore[return-value]
@@ -1318,7 +1330,6 @@ class ChannelClient(Connection):
         return (f"<ChannelClient {self.id} {self.address} "
                 f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
 
-    @_on_loop
     def send(self, message: str | bytes, payload: Any = _NO_PAYLOAD, *,
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
@@ -1326,14 +1337,18 @@ class ChannelClient(Connection):
         With a `payload`, None too, the page's handler for the message gets it; without, a plain
         text goes to parse_payload. `channel` is the one that the page sees: by default that of the
         message being handled, or `config.default_channel`. Raises TypeError or ValueError for what
-        cannot be sent. Example: client.send("tick", {"n": 1})
+        cannot be sent, and TimeoutError as `broadcast()` does.
+        Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
         if channel is None and given.get("client") is self:
             channel = given.get("channel")
         settings = self._app.config
         push = Push(settings, channel or settings.default_channel, message, payload)
-        return (self.connected or not self._peer_done) and self._push(push)
+        there = not (self._done or self._peer_done)
+        if self._app._here():
+            return there and self._push(push)
+        return there and self._app._give(functools.partial(self._push, push), len(push))
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -1457,6 +1472,7 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
+        self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
         text = result if isinstance(result, str) and not v1 else None
         if text is None:
@@ -1485,7 +1501,7 @@ class ChannelClient(Connection):
                 self._task = None
             try:
                 self._reply(origin, result.result())
-            except (Exception, asyncio.CancelledError) as error:
+            except BaseException as error:
                 if not (abandoned and isinstance(error, asyncio.CancelledError)):
                     self._fail(origin, error)
             self._work()
@@ -1791,9 +1807,130 @@ def _command(*words: bytes) -> bytes:
 _MAX_OPEN = 10_000  # channels that anyone may subscribe to
 _TRIM = 1.0  # seconds from one time to the next that freed memory is given back
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
+# What other threads hand over to the loop: see Handover.
+_AHEAD = 64 * 1024  # bytes; a thread that is so far ahead takes a nap with each call
+_NAP = 0.0005  # seconds
+_STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
+_HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
+
+
+class Handover:
+    """Calls that other threads hand over to an event loop, in order, with one wake-up for many.
+
+    Nobody waits for the loop here, since it may wait for a lock that the thread holds. But a thread
+    that is ahead is slowed down, so that the loop catches up; and at the limit it waits a while.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._loop, self._limit = loop, limit
+        self._calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
+        # For the threads. The loop takes it at the end alone, and not for long: a signal handler
+        # that interrupts a thread here may wait for the loop. So each side has a count of its own.
+        self._lock = threading.RLock()
+        self._given = self._taken = 0  # bytes
+        self._moved = 0.0  # when the loop was woken, or made a call
+        self._woken = self._taking = self._over = False
+
+    def give(self, call: Callable[[], Any], size: int = 0) -> bool:
+        """Have the loop make this call, which holds so many bytes; False: it is over.
+
+        Raises TimeoutError.
+        """
+        if size and self._given - self._taken > _AHEAD:
+            time.sleep(_NAP)
+            while self._given - self._taken > self._limit and not self._over:
+                if time.monotonic() > self._moved + _STUCK:
+                    raise TimeoutError(_HELD)
+                time.sleep(_NAP)
+        with self._lock:
+            if self._over or self._loop.is_closed():
+                return False
+            self._given += size
+            self._calls.append((size, call))
+            if not self._woken:
+                self._woken, self._moved = True, time.monotonic()
+                with contextlib.suppress(RuntimeError):  # closed: a signal handler called down()
+                    self._loop.call_soon_threadsafe(self.take)
+        return True
+
+    def take(self) -> None:
+        """Make the calls, in the thread of the loop."""
+        self._woken = False  # first: whoever comes later wakes it again
+        if not self._calls or self._taking:
+            return
+        self._taking = True
+        try:
+            for _ in range(len(self._calls)):
+                size, call = self._calls.popleft()
+                try:
+                    call()
+                except Exception:
+                    logger.exception("what a thread handed over failed")
+                self._taken += size
+                self._moved = time.monotonic()
+        finally:
+            self._taking = False
+
+    def end(self) -> None:
+        """Make the last calls."""
+        locked = self._lock.acquire(timeout=0.1)
+        self._over = True
+        self.take()
+        if locked:
+            self._lock.release()
+
+
+class ThreadPool:
+    """Threads for handlers. No process waits for them at its end, as it does for those of
+    concurrent.futures: a handler may never return.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = self._busy = 0
+
+    def run(self, call: Callable[[], Any], most: int, give: Callable[..., Any]) -> Any:
+        """A future of what `call` returns; `give` hands over to the event loop, which calls this.
+
+        What `call` itself hands over comes before.
+        """
+        future = asyncio.get_running_loop().create_future()
+
+        def work() -> None:
+            try:
+                tell, outcome = future.set_result, call()
+            except BaseException as error:
+                tell, outcome = future.set_exception, error
+            give(lambda: done(tell, outcome))
+
+        def done(tell: Callable[[Any], None], outcome: Any) -> None:
+            self._busy -= 1
+            if not future.done():  # somebody still waits for it
+                tell(outcome)
+
+        self._busy += 1
+        self._jobs.put(work)
+        if self._busy > self._threads:
+            if self._threads < most:
+                self._threads += 1
+                threading.Thread(target=self._work, name="webchannels", daemon=True).start()
+            elif self._busy == most + 1:
+                logger.warning("all %d threads for handlers are busy: the next one waits "
+                               "(config.max_threads)", most)
+        return future
+
+    def _work(self) -> None:
+        for job in iter(self._jobs.get, None):
+            job()
+            del job  # while it waits, it holds nothing
+
+    def end(self) -> None:
+        """The threads end, if their handlers do."""
+        for _ in range(self._threads):
+            self._jobs.put(None)
 
 
 class WebChannels:
@@ -1809,7 +1946,10 @@ class WebChannels:
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: list[Endpoint] = []
         self._on_disconnect: list[Endpoint] = []
-        self._lock, self._done = threading.RLock(), threading.Event()
+        self._lock = threading.Lock()  # of the start
+        self._context = contextvars.copy_context()  # in which serving began
+        self._thread = 0  # in which it serves, or did last
+        self._ended: Callable[[float], bool] = lambda timeout: True  # waits for the last serving
         self._reset()
         _apps.add(self)
 
@@ -1817,12 +1957,12 @@ class WebChannels:
         """Forget what belongs to one time of serving."""
         self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = 0
-        self._stop: asyncio.Event | None = None
+        self._handover: Handover | None = None  # while it serves
+        self._stop: asyncio.Future[None] | None = None
         self._stopping = False
         self._local_only = False
         self._listening: Sequence[Any] = ()
-        self._executor = concurrent.futures.ThreadPoolExecutor(thread_name_prefix="webchannels")
+        self._pool = ThreadPool()
         self._ssl: ssl_module.SSLContext | None = None
         self._http: set[HTTPConnection] = set()
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
@@ -1866,6 +2006,9 @@ class WebChannels:
 
     def _register(self, router: Router, method: str, path: str, handler: Any,
                   *about: Any) -> Callable[[H], H]:
+        if not isinstance(path, str):
+            raise TypeError(f"first comes the path, as in @route('/path'), not {path!r}")
+
         def register(handler: H) -> H:
             if getattr(handler, "__func__", None) in vars(WebChannels).values():
                 raise TypeError(f"anyone could give what {handler.__name__}() takes, by a query: "
@@ -1905,7 +2048,8 @@ class WebChannels:
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of the request or message being handled: all, as a dict, or one.
 
-        Raises RuntimeError outside a handler, and HTTPError 400 if a form or JSON cannot be read.
+        Raises RuntimeError outside a handler, the tasks that it starts, and asyncio.to_thread(): in
+        what has no copy of its context; HTTPError 400 if a form or JSON cannot be read.
         Example: params("name", "nobody")
         """
         given = _params.get()
@@ -1956,7 +2100,6 @@ class WebChannels:
 
     # The registry.
 
-    @_on_loop
     def broadcast(self, channels: str | Iterable[str], message: str | bytes,
                   payload: Any = _NO_PAYLOAD, *, exclude: Clients = (),
                   only: Clients | None = None) -> bool:
@@ -1964,13 +2107,26 @@ class WebChannels:
 
         With a `payload`, None too, the page's handler for the message gets it; without, a plain
         text goes to parse_payload. `exclude` and `only` are clients, or their ids, also those of
-        other processes. True if anyone in this process was there to be sent it. Raises TypeError or
-        ValueError for what cannot be sent, before anything is.
+        other processes. True if anyone in this process was there to be sent it. It does not wait
+        for the event loop; but a thread that is ahead of it is slowed down. Raises TypeError or
+        ValueError for what cannot be sent, before anything is; TimeoutError if over
+        `8 * config.max_send_buffer` bytes wait for a loop that has not moved for 5 seconds.
         Example: broadcast("room", "tick", {"n": 1})
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
         without, among = _ids(exclude), None if only is None else _ids(only)
+        if self._here():
+            return self._spread(pushes, without, among)
+        there = any(self._meant(name, without, among) for name in names)
+        if there or self._bus:
+            size = sum(len(push) for _, push in pushes)
+            spread = functools.partial(self._spread, pushes, without, among)
+            there = self._give(spread, size) and there
+        return there
+
+    def _spread(self, pushes: list[tuple[str, Push]], without: set[str],
+                among: set[str] | None) -> bool:
         there = False
         for name, push in pushes:
             there = self._send(name, push, without, among) or there
@@ -1981,20 +2137,25 @@ class WebChannels:
                 self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), plain))
         return there
 
+    def _meant(self, channel: str, without: set[str],
+               among: set[str] | None) -> list[ChannelClient]:
+        clients = list(self._subscribers.get(channel, ()))  # at once: other threads read, too
+        if without or among is not None:
+            clients = [client for client in clients if client.id not in without
+                       and (among is None or client.id in among)]
+        return clients
+
     def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
         there = False
-        for client in list(self._subscribers.get(channel, ())):
-            if client.id not in without and (among is None or client.id in among):
-                there = client._push(push) or there
+        for client in self._meant(channel, without, among):
+            there = client._push(push) or there
         return there
 
     def _deliver(self, channel: str, data: bytes) -> None:
         """A broadcast came over the bus. From any thread, but without waiting: others may wait."""
-        with self._lock:
-            if self._loop and threading.get_ident() != self._thread:
-                self._loop.call_soon_threadsafe(self._deliver, channel, data)
-                return
-        if not data.startswith(self._name):  # else it is our own
+        if not self._here():
+            self._give(functools.partial(self._deliver, channel, data))
+        elif not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
                 kind, without, among = load_json(head.decode())
@@ -2010,17 +2171,17 @@ class WebChannels:
             except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
-    @_on_loop
+    # What reads it may run in any thread at any time: list() and copy() are atomic.
+
     def connected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Every open client, or the subscribers of `channel`. Example: connected_clients("a")"""
         if channel is None:
-            return [each for each in self._sockets if each.connected]
+            return [each for each in list(self._sockets) if each.connected]
         return list(self._subscribers.get(channel, ()))
 
-    @_on_loop
     def disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
         """Who left within `config.disconnected_ttl`. Example: disconnected_clients("room")"""
-        return [each for each in self._left_at if channel is None or channel in each.channels]
+        return [each for each in list(self._left_at) if channel is None or channel in each.channels]
 
     @_on_loop
     def unsubscribe_disconnected_clients(self, channel: str | None = None) -> list[ChannelClient]:
@@ -2066,17 +2227,18 @@ class WebChannels:
         for channel in list(client.channels):
             self.unsubscribe(client, channel)
 
-    @_on_loop
     def subscriptions(self) -> dict[str, list[ChannelClient]]:
         """The subscribers of each channel that has any. Example: len(subscriptions()["room"])"""
-        return {name: list(clients) for name, clients in self._subscribers.items()}
+        return {name: list(clients) for name, clients in self._subscribers.copy().items()}
 
     def _left(self, client: ChannelClient) -> None:
         """The client has just gone."""
         async def notify(endpoint: Endpoint) -> None:
             try:
                 await self._invoke(endpoint, {"client": client, "request": client.request})
-            except Exception:  # the program's, told in the log: the client is gone, nobody waits
+            except asyncio.CancelledError:
+                raise
+            except BaseException:  # told in the log: the client is gone, nobody waits
                 logger.exception("%s failed for %r", endpoint.name, client)
 
         channels = [*client.channels]
@@ -2133,25 +2295,41 @@ class WebChannels:
     # Calling handlers.
 
     def _start(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
-        """Call a handler; what comes back is its result, or a future of it."""
-        token = _params.set(given)
+        """Call a handler in a context of its own; what comes back is its result, or a future."""
+        context = self._context.copy()
+        context.run(_params.set, given)
+        if endpoint.threaded:
+            result = self._pool.run(lambda: context.run(endpoint, given),
+                                    self.config.max_threads, self._give)
+            return asyncio.ensure_future(self._await(result))
+        begun = time.perf_counter()
         try:
-            if endpoint.threaded:
-                context = contextvars.copy_context()
-                return asyncio.get_running_loop().run_in_executor(
-                    self._executor, lambda: context.run(endpoint, given))
-            begun = time.perf_counter()
-            result = endpoint(given)
-            held = time.perf_counter() - begun
-            if held > _SLOW:
-                logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                               "it with threaded=True", endpoint.name, held * 1000,
-                               extra={"kind": endpoint.name})
-            if result.__class__ is not str and inspect.isawaitable(result):
-                return asyncio.ensure_future(result)  # here, where its context is right
-            return result
-        finally:
-            _params.reset(token)
+            result = context.run(endpoint, given)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise self._exit(error) from error
+        held = time.perf_counter() - begun
+        if held > _SLOW:
+            logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
+                           "it with threaded=True", endpoint.name, held * 1000,
+                           extra={"kind": endpoint.name})
+        if result.__class__ is not str and inspect.isawaitable(result):
+            return context.run(asyncio.ensure_future, self._await(result))
+        return result
+
+    async def _await(self, result: Any) -> Any:
+        try:
+            return await result
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise self._exit(error) from error
+        except GeneratorExit as error:  # it would end what awaits this, too
+            raise RuntimeError("a handler raised GeneratorExit") from error
+
+    def _exit(self, error: BaseException) -> Exception:
+        """A handler ends the program: `serve()` raises it, when all is closed. (asyncio would do so
+        at once, and leave the clients.) What is returned is for the log, and the sender's 500.
+        """
+        self._end(error)
+        return RuntimeError(f"a handler ended the program: {error!r}")
 
     async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
         result = self._start(endpoint, given)
@@ -2191,7 +2369,7 @@ class WebChannels:
                 client._reply_later(origin, result)
             else:
                 client._reply(origin, result)
-        except (Exception, asyncio.CancelledError) as error:
+        except BaseException as error:
             client._fail(origin, error)
 
     def _default(self, client: ChannelClient, channel: str, message: str) -> str:
@@ -2228,8 +2406,6 @@ class WebChannels:
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
-        except (SystemExit, KeyboardInterrupt):
-            raise
         except BaseException as error:
             gone = self._stopping or connection._done
             if gone and isinstance(error, asyncio.CancelledError):
@@ -2266,6 +2442,8 @@ class WebChannels:
             return Response(status=204)
         if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
             return Response(result, json_default=self.config.json_default)
+        if isinstance(result, Response) and not isinstance(result.body, bytes):
+            raise TypeError(f"the body of {endpoint.name}'s Response was set to what is not bytes")
         if not isinstance(result, Response):
             raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
                             "str, bytes, dict, list, Response or None")
@@ -2296,7 +2474,7 @@ class WebChannels:
         allowed = self.config.allowed_origins
         if allowed is None:  # same origin; a request of HTTP/1.0 may have no host
             host = request.headers.get("host")
-            allowed = [f"{self.url.partition(':')[0]}://{host}"] if host else []
+            allowed = [f"{re.split('[+:]', self.url)[0]}://{host}"] if host else []
         if text is not None and allowed != "*":
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
@@ -2317,60 +2495,86 @@ class WebChannels:
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
+        over, failures = threading.Event(), []
 
         def run() -> None:
             try:
-                asyncio.run(self._serve(ready, port, host, ssl, sock, reuse_port))
+                asyncio.run(self._serve(ready, ended, port, host, ssl, sock, reuse_port))
             except BaseException as error:
-                if ready.done():
+                if not ready.done():
+                    ready.set_exception(error)
+                elif block:
+                    failures.append(error)
+                else:
                     raise
-                ready.set_exception(error)
-        threading.Thread(target=run, name="webchannels", daemon=True).start()
-        url = ready.result()
-        if open_browser:
-            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+            finally:
+                over.set()
+
+        def ended(timeout: float) -> bool:
+            if over.wait(timeout):  # join() alone would take Ctrl+C for the thread's end
+                thread.join()
+            return over.is_set()
+
         if block is None:
             block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
             with contextlib.suppress(RuntimeError):  # no loop runs here
                 asyncio.get_running_loop()
                 block = False  # as in a notebook
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(run,),
+                                  name="webchannels", daemon=True)
+        thread.start()
+        url = ready.result()
+        if open_browser:
+            threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if block:
-            on_main = threading.current_thread() is threading.main_thread()
-            previous: Any = on_main and signal.signal(signal.SIGTERM, signal.default_int_handler)
+            ours = (threading.current_thread() is threading.main_thread()
+                    and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+            if ours:
+                signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
-                while not self._done.wait(1):  # Windows does not interrupt a longer wait
+                while not ended(1):  # Windows does not interrupt a longer wait
                     pass
             except KeyboardInterrupt:
                 with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
                     self.down()
             finally:
-                if on_main:
-                    signal.signal(signal.SIGTERM, previous)
+                if ours:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if failures:
+                raise failures[0]
         return url
 
     async def serve(self, port: int | None = None, host: str | None = None, *,
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
         """As `up()`, in the event loop that runs; cancel it to stop. Example: await serve(8080)"""
-        await self._serve(concurrent.futures.Future(), port, host, ssl, sock, reuse_port)
+        over = threading.Event()
+        try:
+            await self._serve(concurrent.futures.Future(), over.wait,
+                              port, host, ssl, sock, reuse_port)
+        finally:
+            over.set()
 
-    async def _serve(self, ready: concurrent.futures.Future[str], *where: Any) -> None:
+    async def _serve(self, ready: concurrent.futures.Future[str], ended: Callable[[float], bool],
+                     *where: Any) -> None:
+        loop = asyncio.get_running_loop()
         with self._lock:
-            if self._loop is not None:
+            if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
-            self._loop = loop = asyncio.get_running_loop()
-            self._thread = threading.get_ident()
-            self._stop = asyncio.Event()
-            self._done.clear()
+            self._reset()  # a loop that was closed before its time leaves things behind
+            self._loop, self._thread, self._ended = loop, threading.get_ident(), ended
+            self._stop, self._context = loop.create_future(), contextvars.copy_context()
+            self._handover = Handover(loop, 8 * self.config.max_send_buffer)
         # Once glibc has freed a block of this size, it keeps freed memory for the next message. It
         # gave it back before, and took it again page by page: a third of the time of 1 MiB echoed.
         bytes(4 * 1024 * 1024)
         async with contextlib.AsyncExitStack() as ending:  # what is added last ends first
-            ending.push_async_callback(self._finish)
+            ending.callback(self._finish)
             self._open.add(self.config.default_channel)
             if loop.get_exception_handler() is None:
-                ending.callback(loop.set_exception_handler, None)
+                ending.callback(lambda: loop.get_exception_handler() == self._on_loop_error
+                                and loop.set_exception_handler(None))
                 loop.set_exception_handler(self._on_loop_error)
             bus = self.config.bus
             if self.config.redis_url and not bus:
@@ -2381,21 +2585,42 @@ class WebChannels:
                 ending.push_async_callback(bus.stop)
                 self._bus = bus
             server = await self._listen(*where)
-            ending.callback(asyncio.ensure_future(self._sweep()).cancel)
+            ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
+            ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
-            ending.callback(server.close)
+            ending.push_async_callback(self._stop_listening, server)
+            await server.start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url, extra=ALWAYS)
-            await self._stop.wait()
-
-    async def _finish(self) -> None:
-        with self._lock:  # other threads' calls wait; those made before are run in this turn
             try:
-                await asyncio.sleep(0)
-            finally:
-                sparing.tell_counts()
-                self._reset()
-                self._done.set()
+                await self._stop
+            except GeneratorExit:  # nobody will ever run this loop again; another may serve
+                ending.pop_all()
+                raise
+
+    async def _stop_listening(self, server: asyncio.AbstractServer) -> None:
+        """asyncio logs each connection that it accepted just before: they have their turn first."""
+        try:
+            with contextlib.suppress(NotImplementedError):  # on Windows
+                for each in self._listening:
+                    asyncio.get_running_loop().remove_reader(each)
+            await asyncio.sleep(0)
+        finally:
+            server.close()
+
+    def _finish(self) -> None:
+        if self._handover:
+            self._handover.end()
+        sparing.tell_counts()
+        self._reset()
+
+    def _end(self, error: BaseException | None = None) -> None:
+        """Have `_serve()` end: at once, if it serves; with this error, which a handler raised."""
+        if self._stop and not self._stop.done():
+            if error is None:
+                self._stop.set_result(None)
+            else:
+                self._stop.set_exception(error)
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
                       sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
@@ -2404,20 +2629,25 @@ class WebChannels:
         where: dict[str, Any] = {"sock": sock} if sock else {
             "host": host, "port": port, "reuse_port": reuse_port}
         try:
-            server = await asyncio.start_server(self._accept, backlog=1024, **where)
+            server = await asyncio.start_server(  # start_serving: a cancel now would leak it
+                self._accept, backlog=1024, start_serving=False, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
-            raise OSError(error.errno, hint) from None
+            raise OSError(error.errno or errno.EADDRNOTAVAIL, hint) from None
         self._listening, self._ssl = server.sockets, ssl
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
-        address, self.port = names[0][:2] if isinstance(names[0], tuple) else (names[0], 0)
+        scheme = "https" if ssl else "http"
+        if not isinstance(names[0], tuple):  # a Unix socket's path, or bytes if it is abstract
+            self.url = f"{scheme}+unix://{urllib.parse.quote(names[0], safe='')}"
+            return server
+        address, self.port = names[0][:2]
         shown = "localhost" if address in ("0.0.0.0", "::") else address
         shown = f"[{shown}]" if ":" in shown else shown
-        self.url = f"{'https' if ssl else 'http'}://{shown}:{self.port}"
+        self.url = f"{scheme}://{shown}:{self.port}"
         return server
 
     def down(self) -> None:
@@ -2426,12 +2656,10 @@ class WebChannels:
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
-        with self._lock:
-            if self._loop is None or self._stop is None:
-                return
-            self._loop.call_soon_threadsafe(self._stop.set)
-            waits = threading.get_ident() != self._thread and _params.get() is None
-        if waits and not self._done.wait(self.config.shutdown_timeout + 2):
+        ended, timeout = self._ended, self.config.shutdown_timeout + 2
+        alive = self._give(self._end) or self._loop is None  # not in a loop that was closed
+        waits = alive and threading.get_ident() != self._thread and _params.get() is None
+        if waits and not ended(min(timeout, threading.TIMEOUT_MAX)):
             logger.warning("a handler holds the event loop: the server could not stop")
 
     async def _shut_down(self) -> None:
@@ -2442,6 +2670,9 @@ class WebChannels:
         end = time.monotonic() + self.config.shutdown_timeout
         while (self._http or self._sockets or self._tasks) and time.monotonic() < end:
             await asyncio.sleep(0.01)
+
+    async def _cut(self) -> None:
+        """End what did not end by itself, also when `_shut_down()` was cancelled."""
         handlers = [each._task for each in (*self._http, *self._sockets)]
         tasks: list[Any] = [*self._tasks, *filter(None, handlers)]
         if tasks:
@@ -2455,7 +2686,15 @@ class WebChannels:
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
-        self._executor.shutdown(wait=False)
+        self._pool.end()
+
+    async def _keep_sweeping(self) -> None:
+        while True:
+            try:
+                await self._sweep()
+            except Exception as error:
+                logger.error("the sweep fails: is a field of config of the wrong type? %r", error)
+                await asyncio.sleep(10)
 
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
@@ -2467,6 +2706,7 @@ class WebChannels:
             pause = max(min(times) / 4, 0.02)
             await asyncio.sleep(pause)
             now = time.monotonic()
+            self._here()  # in case that a thread was interrupted before it could wake the loop
             sparing.tell_counts(now)
             for connection in (*self._http, *self._sockets):
                 connection._check(now, pause)
@@ -2485,7 +2725,7 @@ class WebChannels:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             logger.warning("%s: accepting pauses", error.strerror)
-        elif not (self._stopping and isinstance(error, ValueError)):  # it accepts, though closed
+        elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
             loop.default_exception_handler(context)
 
     # Threads and forks.
@@ -2494,19 +2734,36 @@ class WebChannels:
         if self._loop:
             self._loop.call_soon(call, *values)
 
+    def _here(self) -> bool:
+        """Is this the loop's thread? Then what others handed over before comes before."""
+        here = threading.get_ident() == self._thread
+        if here and self._handover:
+            self._handover.take()
+        return here
+
+    def _give(self, call: Callable[[], Any], size: int = 0) -> bool:
+        """Hand this over to the loop; False if nobody serves. Raises TimeoutError."""
+        handover = self._handover
+        return handover is not None and handover.give(call, size)
+
     def _call(self, call: Callable[[], Any]) -> Any:
-        """Run `call` in the loop's thread, and wait for it; if there is none, here."""
+        """Run `call` in the loop's thread, and wait for it; if there is none, here.
+
+        Raises TimeoutError, and then it does not run.
+        """
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
 
         def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-        with self._lock:
-            if self._loop is None:
-                return call()
-            self._loop.call_soon_threadsafe(run)  # in the context of this thread
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+        if not self._give(run):
+            return call()
+        concurrent.futures.wait([future], _STUCK)
+        if future.cancel():
+            raise TimeoutError(_HELD)
         return future.result()
 
     def _forked(self) -> None:
@@ -2521,7 +2778,8 @@ class WebChannels:
             for each in [*self._listening, *sockets]:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._ended = lambda timeout: True
         self._reset()
 
 
