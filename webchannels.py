@@ -95,7 +95,7 @@ class Config:
     max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
     max_body_size: int = 1024 * 1024  # of a request; past it 413
     max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
-    max_inflation: int = 20  # times a message may inflate (and 64 KiB a second); past it 1009
+    max_inflation: int = 50  # times a message may inflate (and 64 KiB a second); past it 1009
     max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
     max_subscriptions: int = 1000  # channels for each client
     max_threads: int = 32  # for threaded=True handlers; when all are busy, the next one waits
