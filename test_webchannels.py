@@ -5953,7 +5953,8 @@ class InChromium(BrowserTest):
                 WebChannels.addEventListener('close', event => ends.push(event.detail)), 0)""")
             for call, outcome in (
                     ("'fail'", "ChannelError: no such luck"),
-                    ("'echo', 'x'.repeat(2000)", "NetworkError: Lost: 1009 message too long"),
+                    ("'echo', 'x'.repeat(2000)",
+                     "NetworkError: Lost: 1009 message too long (config.max_message_size)"),
                     *[(f"'echo', 0, {{timeout: {each}}}",
                        f"RangeError: a timeout is above 0 ms, not {each}")
                       for each in ("0", "null", "NaN")]):
