@@ -2170,7 +2170,7 @@ var WebChannels = (() => {
     const { channel, message, payload } = push
     const detail = payload === undefined ? message : push
     let untaken = emit('message', detail, channel)
-    // /a + b/c is not /a/b + c.
+    // No slash in the message: /a + b/c is not /a/b + c.
     for (const type of /^[^/]+$/.test(message) ? [`/${channel}/${message}`, '/:'] : [])
       untaken = emit(type, push, channel) && untaken
     if (untaken) page.parse_payload(detail)
@@ -2193,7 +2193,7 @@ var WebChannels = (() => {
     } catch (error) { end(1000, String(error)) }
   }
 
-  // Ticks, not times: hidden tabs tick late, frozen ones never, but all hear before they tick.
+  // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
   const tick = () => {
     clearTimeout(timer)
     timer = setTimeout(tick, TICK)
@@ -2206,7 +2206,7 @@ var WebChannels = (() => {
 
   const wake = () => {
     failures = 0
-    if (state === 'closed' || socket && trust <= 0) return // it connects, or asks, already
+    if (state === 'closed' || socket && trust <= 0) return // it is under way
     trust = 1
     tick()
   }
@@ -2250,12 +2250,12 @@ var WebChannels = (() => {
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
     if (wait) emit('debug', { wait })
     const why = origin === 'null' && !wasOpen && failures < 2
-      ? 'does config.allowed_origins have "*"?' : final && reason // for a sandbox
+      ? 'see config.allowed_origins' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
   }
 
   const transmit = (/** @type {any} */ data) => {
-    trust = Math.min(trust, 1) // without an answer until the next tick, it asks
+    trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
     socket?.send(data)
     emit('debug', { out: data })
   }
@@ -2344,9 +2344,9 @@ var WebChannels = (() => {
     channel(path, handler) {
       if (!PATH.test(path) || typeof handler !== 'function')
         throw new TypeError(`not a path '/channel/message' and a handler: '${path}', ${handler}`)
-      const numbers = [...path.matchAll(/:(\w+)::[if]/g)].map(match => match[1])
-      const pattern = RegExp(`^${path.replace(/:(\w+)(?:::(\w+))?|\W/g,
-        (text, name, kind = 'str') => name ? `(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
+      const numbers = [...path.matchAll(/\/:(\w+)::[if]/g)].map(match => match[1])
+      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g,
+        (text, name, kind = 'str') => name ? `/(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
       const type = path.includes('/:') ? '/:' : path
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
@@ -2393,7 +2393,7 @@ var WebChannels = (() => {
     for (const type of ['online', 'offline', 'pageshow', 'resume'])
       addEventListener(type, wake, true) // captured, for some go to the document
     addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
-    // A page that sleeps, also in the back/forward cache, hears nothing.
+    // A page that sleeps, as in the bfcache, hears nothing.
     for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
       if (socket && Object(event).persisted !== false) end(1006, type)
     }, true)
