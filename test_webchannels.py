@@ -4358,7 +4358,7 @@ class InChromium(BrowserTest):
             self.assertEqual(len(self.asked), 6)  # not again after that
 
     def test_what_becomes_of_a_subscription_is_told(self) -> None:
-        self.guarded(None, "wait")
+        self.guarded(None, "wait", None)
         self.app.config.shutdown_timeout = 0.1
         self.app.channel("/room/unsubscribe", lambda client: client.close(1012))
         with quiet(), serve(self.app) as url:
@@ -4372,8 +4372,12 @@ class InChromium(BrowserTest):
             page.evaluate("(window.outcome = WebChannels.subscribe('room').catch(String), 0)")
             page.evaluate("(WebChannels.close(), outcome)")
             self.assertEqual(page.evaluate("outcome"), "AbortError: Closed: 1000")
-            self.assertEqual(page.evaluate("WebChannels.subscribe('room').catch(String)"),
-                             "AbortError: Closed")
+            for channel in "room", "____":
+                self.assertEqual(page.evaluate(
+                    f"WebChannels.subscribe('{channel}').catch(String)"), "AbortError: Closed")
+            page.evaluate("(confirmed = [], WebChannels.open(), WebChannels.subscribe('room'))")
+            self.assertTrue(self.in_room(page))
+            self.assertEqual(sorted(page.evaluate("confirmed")), ["____", "room"])
 
     # The connection.
 

@@ -2148,9 +2148,8 @@ var WebChannels = (() => {
   // A frame is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
   const queue = new Map()    // frame not sent yet -> size
   const requests = new Map() // ref -> frame not answered yet
-  // A subscription is what the page wants, of each connection: {channel, promise, resolve, reject,
-  // confirmed (at least once), failures (since then), timer}.
-  const subscriptions = new Map() // by channel
+  // A subscription is {channel, promise, resolve, reject, confirmed (once), failures, timer}.
+  const subscriptions = new Map() // channel -> what the page wants, of each connection
 
   // ---- To the page, whose listeners may open() or close() ----
   /** False if a listener prevents the default. */
@@ -2245,7 +2244,8 @@ var WebChannels = (() => {
       const closed = failure(`Closed: ${code} ${reason}`)
       for (const { reject } of queue.keys()) reject(closed)
       queue.clear()
-      for (const each of subscriptions.values()) if (!each.confirmed) drop(each, closed)
+      for (const { reject } of subscriptions.values()) reject(closed)
+      subscriptions.forEach(deferred) // open() asks for them again
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
     if (wait) emit('debug', { wait })
@@ -2263,6 +2263,7 @@ var WebChannels = (() => {
 
   const deferred = (/** @type {any} */ more) => {
     more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
+    more.promise.catch(() => { }) // of a subscription: renew() complains
     return more
   }
 
@@ -2365,13 +2366,12 @@ var WebChannels = (() => {
 
     /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      if (subscriptions.has(channel)) return subscriptions.get(channel).promise
-      const subscription = deferred({ channel, confirmed: false, failures: 0 })
-      subscription.promise.catch(() => { }) // renew() complains
-      subscriptions.set(channel, subscription)
-      if (canSend()) renew(subscription)
-      if (state === 'closed') drop(subscription, failure('Closed'))
-      return subscription.promise
+      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
+      if (!subscriptions.has(channel)) {
+        subscriptions.set(channel, subscription)
+        if (canSend()) renew(subscription)
+      }
+      return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
     }
     /** @param {string} channel */
     async unsubscribe(channel) {
