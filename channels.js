@@ -31,9 +31,8 @@ var WebChannels = (() => {
   // A frame is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
   const queue = new Map()    // frame not sent yet -> size
   const requests = new Map() // ref -> frame not answered yet
-  // A subscription is what the page wants, of each connection: {channel, promise, resolve, reject,
-  // confirmed (at least once), failures (since then), timer}.
-  const subscriptions = new Map() // by channel
+  // A subscription is {channel, promise, resolve, reject, confirmed (once), failures, timer}.
+  const subscriptions = new Map() // channel -> what the page wants, of each connection
 
   // ---- To the page, whose listeners may open() or close() ----
   /** False if a listener prevents the default. */
@@ -53,7 +52,7 @@ var WebChannels = (() => {
     const { channel, message, payload } = push
     const detail = payload === undefined ? message : push
     let untaken = emit('message', detail, channel)
-    // /a + b/c is not /a/b + c.
+    // No slash in the message: /a + b/c is not /a/b + c.
     for (const type of /^[^/]+$/.test(message) ? [`/${channel}/${message}`, '/:'] : [])
       untaken = emit(type, push, channel) && untaken
     if (untaken) page.parse_payload(detail)
@@ -76,7 +75,7 @@ var WebChannels = (() => {
     } catch (error) { end(1000, String(error)) }
   }
 
-  // Ticks, not times: hidden tabs tick late, frozen ones never, but all hear before they tick.
+  // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
   const tick = () => {
     clearTimeout(timer)
     timer = setTimeout(tick, TICK)
@@ -89,7 +88,7 @@ var WebChannels = (() => {
 
   const wake = () => {
     failures = 0
-    if (state === 'closed' || socket && trust <= 0) return // it connects, or asks, already
+    if (state === 'closed' || socket && trust <= 0) return // it is under way
     trust = 1
     tick()
   }
@@ -128,17 +127,18 @@ var WebChannels = (() => {
       const closed = failure(`Closed: ${code} ${reason}`)
       for (const { reject } of queue.keys()) reject(closed)
       queue.clear()
-      for (const each of subscriptions.values()) if (!each.confirmed) drop(each, closed)
+      for (const { reject } of subscriptions.values()) reject(closed)
+      subscriptions.forEach(deferred) // open() asks for them again
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
     if (wait) emit('debug', { wait })
     const why = origin === 'null' && !wasOpen && failures < 2
-      ? 'does config.allowed_origins have "*"?' : final && reason // for a sandbox
+      ? 'see config.allowed_origins' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
   }
 
   const transmit = (/** @type {any} */ data) => {
-    trust = Math.min(trust, 1) // without an answer until the next tick, it asks
+    trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
     socket?.send(data)
     emit('debug', { out: data })
   }
@@ -146,6 +146,7 @@ var WebChannels = (() => {
 
   const deferred = (/** @type {any} */ more) => {
     more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
+    more.promise.catch(() => { }) // of a subscription: renew() complains
     return more
   }
 
@@ -227,9 +228,9 @@ var WebChannels = (() => {
     channel(path, handler) {
       if (!PATH.test(path) || typeof handler !== 'function')
         throw new TypeError(`not a path '/channel/message' and a handler: '${path}', ${handler}`)
-      const numbers = [...path.matchAll(/:(\w+)::[if]/g)].map(match => match[1])
-      const pattern = RegExp(`^${path.replace(/:(\w+)(?:::(\w+))?|\W/g,
-        (text, name, kind = 'str') => name ? `(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
+      const numbers = [...path.matchAll(/\/:(\w+)::[if]/g)].map(match => match[1])
+      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g,
+        (text, name, kind = 'str') => name ? `/(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
       const type = path.includes('/:') ? '/:' : path
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
@@ -248,13 +249,12 @@ var WebChannels = (() => {
 
     /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      if (subscriptions.has(channel)) return subscriptions.get(channel).promise
-      const subscription = deferred({ channel, confirmed: false, failures: 0 })
-      subscription.promise.catch(() => { }) // renew() complains
-      subscriptions.set(channel, subscription)
-      if (canSend()) renew(subscription)
-      if (state === 'closed') drop(subscription, failure('Closed'))
-      return subscription.promise
+      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
+      if (!subscriptions.has(channel)) {
+        subscriptions.set(channel, subscription)
+        if (canSend()) renew(subscription)
+      }
+      return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
     }
     /** @param {string} channel */
     async unsubscribe(channel) {
@@ -276,7 +276,7 @@ var WebChannels = (() => {
     for (const type of ['online', 'offline', 'pageshow', 'resume'])
       addEventListener(type, wake, true) // captured, for some go to the document
     addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
-    // A page that sleeps, also in the back/forward cache, hears nothing.
+    // A page that sleeps, as in the bfcache, hears nothing.
     for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
       if (socket && Object(event).persisted !== false) end(1006, type)
     }, true)

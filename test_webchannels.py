@@ -5882,7 +5882,7 @@ class InChromium(BrowserTest):
             self.assertEqual(len(self.asked), 6)  # not again after that
 
     def test_what_becomes_of_a_subscription_is_told(self) -> None:
-        self.guarded(None, "wait")
+        self.guarded(None, "wait", None)
         self.app.config.shutdown_timeout = 0.1
         self.app.channel("/room/unsubscribe", lambda client: client.close(1012))
         with quiet(), serve(self.app) as url:
@@ -5896,8 +5896,12 @@ class InChromium(BrowserTest):
             page.evaluate("(window.outcome = WebChannels.subscribe('room').catch(String), 0)")
             page.evaluate("(WebChannels.close(), outcome)")
             self.assertEqual(page.evaluate("outcome"), "AbortError: Closed: 1000")
-            self.assertEqual(page.evaluate("WebChannels.subscribe('room').catch(String)"),
-                             "AbortError: Closed")
+            for channel in "room", "____":
+                self.assertEqual(page.evaluate(
+                    f"WebChannels.subscribe('{channel}').catch(String)"), "AbortError: Closed")
+            page.evaluate("(confirmed = [], WebChannels.open(), WebChannels.subscribe('room'))")
+            self.assertTrue(self.in_room(page))
+            self.assertEqual(sorted(page.evaluate("confirmed")), ["____", "room"])
 
     # The connection.
 
@@ -6012,8 +6016,9 @@ class InChromium(BrowserTest):
     # Pushes.
 
     def test_which_pushes_a_handler_gets(self) -> None:
-        self.app.channels_support("room")
-        self.app.channels_support("room/x")
+        channels = ["room", "room/x", "room:1"]
+        for channel in channels:
+            self.app.channels_support(channel)
         with serve(self.app) as url:
             page = self.live_page(url)
             page.evaluate("""(window.taken = [], window.from = [], window.calls = 0,
@@ -6021,19 +6026,21 @@ class InChromium(BrowserTest):
                 WebChannels.channel('/room/:x::float', (_, { x }) => taken.push(['float', x])),
                 WebChannels.channel('/room/x/:what::str', (_, { what }) => taken.push(['x', what])),
                 WebChannels.channel('/room/x/y', payload => taken.push(['y', payload])),
+                WebChannels.channel('/room:1/.*', payload => taken.push(['.*', payload])),
                 WebChannels.addEventListener('message', event => from.push(event.channel)),
-                Promise.all([WebChannels.subscribe('room'), WebChannels.subscribe('room/x')]))""")
+                Promise.all(%s.map(channel => WebChannels.subscribe(channel))))""" % channels)
             for channel, message in (("room", "7"), ("room", "-1.5"), ("room", "text"),
-                                     ("room", "x/y"), ("room/x", "y")):
+                                     ("room", "x/y"), ("room/x", "y"), ("room:1", ".*")):
                 self.app.broadcast(channel, message, 1)
             self.app.broadcast("room", "7")
             self.app.broadcast("room/x", "plain")
             page.wait_for("got.includes('plain')")
             self.assertEqual(page.evaluate("taken"), [
-                ["int", 7], ["float", 7], ["float", -1.5], ["y", 1], ["x", "y"]])
+                ["int", 7], ["float", 7], ["float", -1.5], ["y", 1], ["x", "y"], [".*", 1]])
             self.assertEqual(page.evaluate("got.map(push => push.message ?? push)"),
                              ["text", "x/y", "7", "plain"])
-            self.assertEqual(page.evaluate("from"), ["room"] * 4 + ["room/x", "room", "room/x"])
+            self.assertEqual(page.evaluate("from"), [*["room"] * 4, "room/x", "room:1", "room",
+                                                     "room/x"])
             for call in "'job/x', print", "'', print", "'/job', print", "'/job/', print", \
                         "'/job/x'", "'/job/:n::complex', print", "'/job/:', print", "5, print":
                 with self.subTest(call), self.assertRaisesRegex(BrowserError, "TypeError: not a"):
