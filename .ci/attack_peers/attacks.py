@@ -124,7 +124,7 @@ ATTACKS = {
         say("subscribe", channel=f"{n}{'a' * (MIB - 99)}{EMOJI}")), DEFLATE, quick=1),
     "more-names": Attack("1,000 subscriptions to names of 250 characters", lambda n: b"".join(
         frame(TEXT, say("subscribe", channel=f"{n}-{each}-{'a' * 240}{EMOJI}").encode())
-        for each in range(1000)), PLAIN, "stay"),
+        for each in range(1000)), PLAIN, "stay", many=20, quick=20),  # with more, malloc keeps it
     "tls": Attack("TLS handshakes that never begin, 500 where 50 are let in", then="stay",
                   begun=True, many=500, quick=500, settings={"max_clients": 50}),
     "busy": Attack("1 MiB of text with an emoji, deflated, again while a handler waits",
