@@ -1245,7 +1245,7 @@ class HTTPConnection(Connection):
 
     def _send(self) -> None:
         """Send of the answer what the peer has room for: it must go on reading."""
-        while self._unsent and not self._behind:
+        while self._unsent and not (self._behind or self._transport.is_closing()):
             piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
             self._wait(self._app.config.handshake_timeout, len(piece))
             self._transport.write(piece)
