@@ -2672,6 +2672,7 @@ class ThreadsTest(ServerTest):
     def configure(self, app: WebChannels) -> None:
         self.lock, self.entered = threading.Lock(), threading.Event()
         app.config.shutdown_timeout = 0.5
+        app.config.max_threads = 2
         app.channel("/____/hold", self.hold)
         app.channel("/____/wait", self.wait, threaded=True)
         self.waiting = threading.Event()
@@ -2852,20 +2853,20 @@ class ThreadsTest(ServerTest):
             self.assertEqual(client.recv_json()["payload"], None)
 
     def test_threaded_handlers_wait_for_a_thread(self) -> None:
-        self.app.config.max_threads = 2
         clients = [self.subscribed() for _ in range(4)]
         with self.assertLogs("webchannels", "WARNING") as logs:
             logging.getLogger("webchannels").setLevel(logging.WARNING)
             for client in clients:
                 client.send_json({"channel": "____", "message": "wait", "payload": 10, "ref": 1})
-            self.until(lambda: self.app._pool._busy == 4)
+            self.until(lambda: logs.output)
+            self.assertIn("config.max_threads are busy", logs.output[0])
+            self.until(lambda: all(each._task for each in self.app._sockets))
         self.assertEqual(len(logs.output), 1)
-        self.assertIn("all 2 threads for handlers are busy", logs.output[0])
+        names = [each.name for each in threading.enumerate() if each.name == "webchannels"]
+        self.assertEqual(len(names), 3)  # the server's, and two
         self.waiting.set()
         for client in clients:
             self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
-        names = [each.name for each in threading.enumerate() if each.name == "webchannels"]
-        self.assertEqual(len(names), 3)  # the server's, and two
 
 
 class ContextTest(ServerTest):
@@ -3555,7 +3556,7 @@ print("after")
             status, said = terminal.end()
             self.assertEqual(status, 3)
             self.assertNotIn("after", said)
-            self.assertIn("a handler ended the program: SystemExit(3)", said)
+            self.assertIn("a handler raised SystemExit(3)", said)
 
     def test_down_in_a_signal_handler_that_interrupts_a_broadcast(self) -> None:
         app = self.app()
