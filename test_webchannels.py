@@ -2867,6 +2867,9 @@ class ThreadsTest(ServerTest):
         self.waiting.set()
         for client in clients:
             self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
+        self.until(lambda: self.app._idle == 2)
+        self.app.down()
+        self.until(lambda: "webchannels" not in [each.name for each in threading.enumerate()])
 
 
 class ContextTest(ServerTest):

@@ -45,6 +45,7 @@ import json
 import logging
 import math
 import os
+import queue
 import random
 import re
 import secrets
@@ -1348,7 +1349,7 @@ class Handover:
                 if time.monotonic() > self._moved + _STUCK:
                     raise TimeoutError(_HELD)
                 time.sleep(_NAP)
-        self._calls.append((size, call))
+        self._calls.append((size + 1000, call))  # bytes, about, of what holds it
         if not self._woken:
             self._woken, self._moved = True, time.monotonic()
             with contextlib.suppress(RuntimeError):  # it was closed just now
@@ -1526,6 +1527,8 @@ class WebChannels:
         self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handover: Handover | None = None  # while it serves
+        self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
+        self._idle = 0  # threads that wait for jobs
         self._stop: asyncio.Future[BaseException | None] | None = None
         self._stopping = False
         self._warned: dict[str, float] = {}  # of what, and when
@@ -1818,25 +1821,32 @@ class WebChannels:
         return RuntimeError(f"a handler raised {error!r}")
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        """The result of `call`. (At its end, no process waits for a daemon thread.)"""
+        """The result of `call`. (Its threads are daemons: no process waits for them at its end.)"""
         if self._threads.locked():
             self._warn("handlers wait for a thread: config.max_threads are busy")
         await self._threads.acquire()
-        future = asyncio.get_running_loop().create_future()
+        handover, future = self._handover, asyncio.get_running_loop().create_future()
 
-        def run() -> None:
+        def run() -> bool:
             try:
                 tell, outcome = future.set_result, call()
             except BaseException as error:
                 tell, outcome = future.set_exception, error
-            self._give(lambda: done(tell, outcome))  # behind what the handler handed over
+            # It comes behind what the handler handed over.
+            return handover is not None and handover.give(lambda: done(tell, outcome))
 
         def done(tell: Callable[[Any], None], outcome: Any) -> None:
             self._threads.release()
+            self._idle += 1
             if not future.done():  # it is still wanted
                 tell(outcome)
 
-        threading.Thread(target=run, name="webchannels", daemon=True).start()
+        if self._idle:
+            self._idle -= 1
+        else:
+            threading.Thread(target=_work, args=(self._jobs,), name="webchannels",
+                             daemon=True).start()
+        self._jobs.put(run)
         return await future
 
     async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
@@ -2098,6 +2108,8 @@ class WebChannels:
     def _finish(self) -> None:
         if self._handover:
             self._handover.end()
+        for _ in range(self._idle):
+            self._jobs.put(lambda: False)
         self._reset()
 
     def _end(self, error: BaseException | None = None) -> None:
@@ -2285,6 +2297,11 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
     if not match:
         return None
     return match[1], match[2], int(match[3] or (443 if match[1] == "https" else 80))
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], bool]]) -> None:
+    while jobs.get()():  # holding nothing meanwhile
+        pass
 
 
 def _ids(given: Clients) -> set[str]:
