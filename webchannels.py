@@ -885,7 +885,8 @@ class ChannelClient(asyncio.Protocol):
         """Close the connection, after what was sent before.
 
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
-        123 bytes. Raises ValueError for others. Example: client.close(1008, "Not you")
+        123 bytes. Raises ValueError for others, and TimeoutError as `subscribe()` does.
+        Example: client.close(1008, "Not you")
         """
         if code not in CLOSE_CODES or len(reason.encode()) > 123:
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
@@ -1729,7 +1730,10 @@ class WebChannels:
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
         """Subscribe `client` to `channel`; False if it is gone.
 
-        Raises ChannelError past `config.max_subscriptions`. Example: subscribe(client, "room")
+        From another thread this waits for the event loop, as do `unsubscribe()`, what forgets
+        clients, and `client.close()`: hold no lock that a `def` handler wants. Raises TimeoutError
+        after 5 seconds without a move of it, and ChannelError past `config.max_subscriptions`.
+        Example: subscribe(client, "room")
         """
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
@@ -1742,7 +1746,10 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Unsubscribe; False if it was not subscribed. Example: unsubscribe(client, "room")"""
+        """Unsubscribe; False if it was not subscribed. Raises TimeoutError as `subscribe()` does.
+
+        Example: unsubscribe(client, "room")
+        """
         subscribed = channel in client.channels
         client.channels.discard(channel)
         subscribers = self._subscribers.get(channel, {})
@@ -1998,7 +2005,8 @@ class WebChannels:
         at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
         picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
         certificate. `reuse_port` lets processes share the port (ValueError where the system does
-        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already.
+        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already;
+        and SystemExit, when it blocks, if a handler raises that.
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
