@@ -23,7 +23,6 @@ import io
 import json
 import logging
 import os
-import pty
 import re
 import select
 import shutil
@@ -56,6 +55,11 @@ from webchannels import (
     Response,
     WebChannels,
 )
+
+try:
+    import pty
+except ImportError:  # on Windows
+    pty = None  # type: ignore[assignment]
 
 HERE = Path(__file__).resolve().parent
 JsonObject = dict[str, Any]
@@ -612,6 +616,8 @@ class Terminal:
     """A program on a pseudo-terminal of its own: type a line, expect a text."""
 
     def __init__(self, *command: str, cwd: Path = HERE, **environment: str) -> None:
+        if not pty:
+            raise unittest.SkipTest("needs pseudo-terminals")
         self.fd, child = pty.openpty()
         # sh opens the terminal once more, which makes it the controlling one: Ctrl+C works.
         self.process = subprocess.Popen(
@@ -693,6 +699,10 @@ def embedded() -> str:
 
 
 class EmbeddedClient(unittest.TestCase):
+    def test_this_file_can_be_imported_on_windows(self) -> None:
+        done = run_python("-c", "import sys; sys.modules['pty'] = None; import test_webchannels")
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+
     def test_webchannels_py_has_the_channels_js_beside_it(self) -> None:
         client = (HERE / "channels.js").read_text(encoding="utf-8")
         self.assertTrue(webchannels.CHANNELS_JS == client,
@@ -3391,6 +3401,23 @@ class UpAndDownTest(unittest.TestCase):
                 asyncio.run(main(turns))
             gc.collect()
         self.assertEqual([], told)
+
+    def test_it_listens_again_when_an_accept_has_failed(self) -> None:
+        app = self.app()
+        with serve(app) as url:
+            def fail() -> None:  # as asyncio.proactor_events does on Windows
+                sock = app._listening[0]
+                assert app._loop
+                app._loop.call_exception_handler({
+                    "message": "Accept failed on a socket", "exception": OSError(64, "x"),
+                    "socket": sock})
+                app._loop.remove_reader(sock)  # it closes it, too
+            with self.assertLogs("webchannels", "WARNING") as logs:
+                app._call(fail)
+            self.assertIn("listening again", logs.output[0])
+            self.assertEqual(request("GET", url).body, b"page")
+        with self.assertRaises(ConnectionRefusedError):
+            request("GET", url)
 
     def test_the_loops_exception_handler(self) -> None:
         app, told = self.app(), []

@@ -1534,7 +1534,9 @@ class WebChannels:
         self._stopping = False
         self._warned: dict[str, float] = {}  # of what, and when
         self._local_only = False
+        self._servers: list[asyncio.AbstractServer] = []
         self._listening: Sequence[Any] = ()
+        self._ssl: ssl_module.SSLContext | None = None
         self._http: set[HTTPConnection] = set()
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
@@ -2093,16 +2095,16 @@ class WebChannels:
                 await bus.start()
                 ending.push_async_callback(bus.stop)
                 self._bus = bus
-            server = await self._listen(*where)
+            await self._listen(*where)
             ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
             ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
-            ending.callback(server.close)
+            ending.callback(lambda: [each.close() for each in self._servers])
             if sys.platform != "win32":  # those just accepted have their turn before it is closed
                 ending.push_async_callback(asyncio.sleep, 0)
                 for each in self._listening:
                     ending.callback(loop.remove_reader, each)
-            await server.start_serving()
+            await self._servers[0].start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url)
             try:
@@ -2126,7 +2128,7 @@ class WebChannels:
             self._stop.set_result(error)
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
-                      sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
+                      sock: socket.socket | None, reuse_port: bool) -> None:
         port = self.config.server_port if port is None else port
         host = self.config.server_host if host is None else host
         where: dict[str, Any] = {"sock": sock} if sock else {
@@ -2141,18 +2143,21 @@ class WebChannels:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
             raise OSError(error.errno or errno.EADDRNOTAVAIL, hint) from None
-        self._listening = server.sockets
+        self._servers, self._listening, self._ssl = [server], server.sockets, ssl
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
         scheme = "https" if ssl else "http"
         if not isinstance(names[0], tuple):  # a Unix socket's path, or bytes if it is abstract
             self.url = f"{scheme}+unix://{urllib.parse.quote(names[0], safe='')}"
-            return server
+            return
         address, self.port = names[0][:2]
         shown = "localhost" if address in ("0.0.0.0", "::") else address
         shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"{scheme}://{shown}:{self.port}"
-        return server
+
+    async def _listen_again(self, sock: Any) -> None:
+        self._servers.append(await asyncio.start_server(
+            self._accept, backlog=1024, sock=sock, ssl=self._ssl))
 
     def down(self) -> None:
         """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
@@ -2222,6 +2227,9 @@ class WebChannels:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             self._warn(f"{error.strerror}: accepting pauses")
+        elif context["message"] == "Accept failed on a socket" and not self._stopping:
+            self._warn(f"{error}: listening again")  # on Windows asyncio is about to close it
+            asyncio.ensure_future(self._listen_again(context["socket"].dup()))
         elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
             loop.default_exception_handler(context)
 
