@@ -1355,7 +1355,8 @@ class ChannelClient(Connection):
         """Close the connection, after what was sent before.
 
         `code` is 1000 to 1003, 1007 to 1014 or 3000 to 4999 (RFC 6455, 7.4); `reason` is at most
-        123 bytes. Raises ValueError for others. Example: client.close(1008, "Not you")
+        123 bytes. Raises ValueError for others, and TimeoutError as `subscribe()` does.
+        Example: client.close(1008, "Not you")
         """
         if code not in CLOSE_CODES or len(reason.encode()) > 123:
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
@@ -1820,117 +1821,59 @@ Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
 class Handover:
     """Calls that other threads hand over to an event loop, in order, with one wake-up for many.
 
-    Nobody waits for the loop here, since it may wait for a lock that the thread holds. But a thread
-    that is ahead is slowed down, so that the loop catches up; and at the limit it waits a while.
+    Nobody waits for the loop here: it may wait for a lock that the thread holds. But a thread that
+    is ahead is slowed down, so that the loop catches up; and at the limit it waits a while.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop, self._limit = loop, limit
+        # Its methods are atomic. A lock could be held by what a signal handler interrupts.
         self._calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
-        # For the threads. The loop takes it at the end alone, and not for long: a signal handler
-        # that interrupts a thread here may wait for the loop. So each side has a count of its own.
-        self._lock = threading.RLock()
-        self._given = self._taken = 0  # bytes
         self._moved = 0.0  # when the loop was woken, or made a call
         self._woken = self._taking = self._over = False
 
-    def give(self, call: Callable[[], Any], size: int = 0) -> bool:
-        """Have the loop make this call, which holds so many bytes; False: it is over.
+    def _waiting(self) -> int:
+        return sum([size for size, _ in self._calls.copy()])
 
-        Raises TimeoutError.
+    def give(self, call: Callable[[], Any], size: int = 0) -> bool:
+        """Have the loop make this call, which holds so many bytes. Raises TimeoutError.
+
+        False: it is over, and nobody knows whether the call was still made.
         """
-        if size and self._given - self._taken > _AHEAD:
+        if self._over or self._loop.is_closed():
+            return False
+        if size and self._waiting() > _AHEAD:
             time.sleep(_NAP)
-            while self._given - self._taken > self._limit and not self._over:
+            while self._waiting() > self._limit:
                 if time.monotonic() > self._moved + _STUCK:
                     raise TimeoutError(_HELD)
                 time.sleep(_NAP)
-        with self._lock:
-            if self._over or self._loop.is_closed():
-                return False
-            self._given += size
-            self._calls.append((size, call))
-            if not self._woken:
-                self._woken, self._moved = True, time.monotonic()
-                with contextlib.suppress(RuntimeError):  # closed: a signal handler called down()
-                    self._loop.call_soon_threadsafe(self.take)
-        return True
+        self._calls.append((size + 1000, call))  # bytes, about, of what holds it
+        if not self._woken:
+            self._woken, self._moved = True, time.monotonic()
+            with contextlib.suppress(RuntimeError):  # it was closed just now
+                self._loop.call_soon_threadsafe(self.take)
+        return not self._over
 
     def take(self) -> None:
         """Make the calls, in the thread of the loop."""
         self._woken = False  # first: whoever comes later wakes it again
-        if not self._calls or self._taking:
+        if self._taking:
             return
         self._taking = True
-        try:
-            for _ in range(len(self._calls)):
-                size, call = self._calls.popleft()
-                try:
-                    call()
-                except Exception:
-                    logger.exception("what a thread handed over failed")
-                self._taken += size
-                self._moved = time.monotonic()
-        finally:
-            self._taking = False
+        for _ in range(len(self._calls)):
+            call = self._calls.popleft()[1]
+            try:
+                call()
+            except Exception:
+                logger.exception("what a thread handed over failed")
+            self._moved = time.monotonic()
+        self._taking = False
 
     def end(self) -> None:
         """Make the last calls."""
-        locked = self._lock.acquire(timeout=0.1)
-        self._over = True
+        self._over, self._taking = True, False
         self.take()
-        if locked:
-            self._lock.release()
-
-
-class ThreadPool:
-    """Threads for handlers. No process waits for them at its end, as it does for those of
-    concurrent.futures: a handler may never return.
-    """
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = self._busy = 0
-
-    def run(self, call: Callable[[], Any], most: int, give: Callable[..., Any]) -> Any:
-        """A future of what `call` returns; `give` hands over to the event loop, which calls this.
-
-        What `call` itself hands over comes before.
-        """
-        future = asyncio.get_running_loop().create_future()
-
-        def work() -> None:
-            try:
-                tell, outcome = future.set_result, call()
-            except BaseException as error:
-                tell, outcome = future.set_exception, error
-            give(lambda: done(tell, outcome))
-
-        def done(tell: Callable[[Any], None], outcome: Any) -> None:
-            self._busy -= 1
-            if not future.done():  # somebody still waits for it
-                tell(outcome)
-
-        self._busy += 1
-        self._jobs.put(work)
-        if self._busy > self._threads:
-            if self._threads < most:
-                self._threads += 1
-                threading.Thread(target=self._work, name="webchannels", daemon=True).start()
-            elif self._busy == most + 1:
-                logger.warning("all %d threads for handlers are busy: the next one waits "
-                               "(config.max_threads)", most)
-        return future
-
-    def _work(self) -> None:
-        for job in iter(self._jobs.get, None):
-            job()
-            del job  # while it waits, it holds nothing
-
-    def end(self) -> None:
-        """The threads end, if their handlers do."""
-        for _ in range(self._threads):
-            self._jobs.put(None)
 
 
 class WebChannels:
@@ -1949,7 +1892,8 @@ class WebChannels:
         self._lock = threading.Lock()  # of the start
         self._context = contextvars.copy_context()  # in which serving began
         self._thread = 0  # in which it serves, or did last
-        self._ended: Callable[[float], bool] = lambda timeout: True  # waits for the last serving
+        self._done = threading.Event()  # the last serving is over
+        self._done.set()
         self._reset()
         _apps.add(self)
 
@@ -1958,11 +1902,13 @@ class WebChannels:
         self.url, self.port = "", 0  # where it serves, such as "http://127.0.0.1:8000"
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handover: Handover | None = None  # while it serves
-        self._stop: asyncio.Future[None] | None = None
+        self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
+        self._idle = 0  # threads that wait for jobs
+        self._stop: asyncio.Future[BaseException | None] | None = None
         self._stopping = False
         self._local_only = False
+        self._servers: list[asyncio.AbstractServer] = []
         self._listening: Sequence[Any] = ()
-        self._pool = ThreadPool()
         self._ssl: ssl_module.SSLContext | None = None
         self._http: set[HTTPConnection] = set()
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
@@ -2194,7 +2140,10 @@ class WebChannels:
     def subscribe(self, client: ChannelClient, channel: str) -> bool:
         """Subscribe `client` to `channel`; False if it is gone.
 
-        Raises ChannelError past `config.max_subscriptions`, ValueError for a bad channel name.
+        From another thread this waits for the event loop, as do `unsubscribe()`, what forgets
+        clients, and `client.close()`: hold no lock that a `def` handler wants. Raises TimeoutError
+        after 5 seconds without a move of it, ChannelError past `config.max_subscriptions`, and
+        ValueError for a bad channel name.
         Example: subscribe(client, "room")
         """
         check_name(channel)
@@ -2209,7 +2158,10 @@ class WebChannels:
 
     @_on_loop
     def unsubscribe(self, client: ChannelClient, channel: str) -> bool:
-        """Unsubscribe; False if it was not subscribed. Example: unsubscribe(client, "room")"""
+        """Unsubscribe; False if it was not subscribed. Raises TimeoutError as `subscribe()` does.
+
+        Example: unsubscribe(client, "room")
+        """
         subscribed = channel in client.channels
         client.channels.discard(channel)
         subscribers = self._subscribers.get(channel, {})
@@ -2299,9 +2251,8 @@ class WebChannels:
         context = self._context.copy()
         context.run(_params.set, given)
         if endpoint.threaded:
-            result = self._pool.run(lambda: context.run(endpoint, given),
-                                    self.config.max_threads, self._give)
-            return asyncio.ensure_future(self._await(result))
+            threaded = self._in_thread(lambda: context.run(endpoint, given))
+            return asyncio.ensure_future(self._await(threaded))
         begun = time.perf_counter()
         try:
             result = context.run(endpoint, given)
@@ -2319,17 +2270,44 @@ class WebChannels:
     async def _await(self, result: Any) -> Any:
         try:
             return await result
-        except (SystemExit, KeyboardInterrupt) as error:
+        except (SystemExit, KeyboardInterrupt, GeneratorExit) as error:  # asyncio has its own ideas
             raise self._exit(error) from error
-        except GeneratorExit as error:  # it would end what awaits this, too
-            raise RuntimeError("a handler raised GeneratorExit") from error
 
     def _exit(self, error: BaseException) -> Exception:
-        """A handler ends the program: `serve()` raises it, when all is closed. (asyncio would do so
-        at once, and leave the clients.) What is returned is for the log, and the sender's 500.
+        """A handler ends the program: `serve()` raises it, when all is closed. The sender's is 500.
         """
-        self._end(error)
-        return RuntimeError(f"a handler ended the program: {error!r}")
+        if not isinstance(error, GeneratorExit):
+            self._end(error)
+        return RuntimeError(f"a handler raised {error!r}")
+
+    async def _in_thread(self, call: Callable[[], Any]) -> Any:
+        """The result of `call`. (Its threads are daemons: no process waits for them at its end.)"""
+        if self._threads.locked():
+            logger.warning("handlers wait for a thread: config.max_threads are busy")
+        await self._threads.acquire()
+        handover, future = self._handover, asyncio.get_running_loop().create_future()
+
+        def run() -> bool:
+            try:
+                tell, outcome = future.set_result, call()
+            except BaseException as error:
+                tell, outcome = future.set_exception, error
+            # It comes behind what the handler handed over.
+            return handover is not None and handover.give(lambda: done(tell, outcome))
+
+        def done(tell: Callable[[Any], None], outcome: Any) -> None:
+            self._threads.release()
+            self._idle += 1
+            if not future.done():  # it is still wanted
+                tell(outcome)
+
+        if self._idle:
+            self._idle -= 1
+        else:
+            threading.Thread(target=_work, args=(self._jobs,), name="webchannels",
+                             daemon=True).start()
+        self._jobs.put(run)
+        return await future
 
     async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
         result = self._start(endpoint, given)
@@ -2491,15 +2469,16 @@ class WebChannels:
         at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
         picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
         certificate. `reuse_port` lets processes share the port (ValueError where the system does
-        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already.
+        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already;
+        and SystemExit, when it blocks, if a handler raises that.
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
-        over, failures = threading.Event(), []
+        done, failures = threading.Event(), []
 
         def run() -> None:
             try:
-                asyncio.run(self._serve(ready, ended, port, host, ssl, sock, reuse_port))
+                asyncio.run(self._serve(ready, done, port, host, ssl, sock, reuse_port))
             except BaseException as error:
                 if not ready.done():
                     ready.set_exception(error)
@@ -2508,21 +2487,15 @@ class WebChannels:
                 else:
                     raise
             finally:
-                over.set()
-
-        def ended(timeout: float) -> bool:
-            if over.wait(timeout):  # join() alone would take Ctrl+C for the thread's end
-                thread.join()
-            return over.is_set()
+                done.set()
 
         if block is None:
             block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
             with contextlib.suppress(RuntimeError):  # no loop runs here
                 asyncio.get_running_loop()
                 block = False  # as in a notebook
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(run,),
-                                  name="webchannels", daemon=True)
-        thread.start()
+        threading.Thread(target=contextvars.copy_context().run, args=(run,), name="webchannels",
+                         daemon=True).start()
         url = ready.result()
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -2533,7 +2506,7 @@ class WebChannels:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
-                while not ended(1):  # Windows does not interrupt a longer wait
+                while not done.wait(1):  # Windows does not interrupt a longer wait
                     pass
             except KeyboardInterrupt:
                 with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
@@ -2549,22 +2522,22 @@ class WebChannels:
                     ssl: ssl_module.SSLContext | None = None, sock: socket.socket | None = None,
                     reuse_port: bool = False) -> None:
         """As `up()`, in the event loop that runs; cancel it to stop. Example: await serve(8080)"""
-        over = threading.Event()
+        done = threading.Event()
         try:
-            await self._serve(concurrent.futures.Future(), over.wait,
-                              port, host, ssl, sock, reuse_port)
+            await self._serve(concurrent.futures.Future(), done, port, host, ssl, sock, reuse_port)
         finally:
-            over.set()
+            done.set()
 
-    async def _serve(self, ready: concurrent.futures.Future[str], ended: Callable[[float], bool],
+    async def _serve(self, ready: concurrent.futures.Future[str], done: threading.Event,
                      *where: Any) -> None:
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
             self._reset()  # a loop that was closed before its time leaves things behind
-            self._loop, self._thread, self._ended = loop, threading.get_ident(), ended
+            self._loop, self._thread, self._done = loop, threading.get_ident(), done
             self._stop, self._context = loop.create_future(), contextvars.copy_context()
+            self._threads = asyncio.Semaphore(self.config.max_threads)
             self._handover = Handover(loop, 8 * self.config.max_send_buffer)
         # Once glibc has freed a block of this size, it keeps freed memory for the next message. It
         # gave it back before, and took it again page by page: a third of the time of 1 MiB echoed.
@@ -2584,46 +2557,41 @@ class WebChannels:
                 await bus.start()
                 ending.push_async_callback(bus.stop)
                 self._bus = bus
-            server = await self._listen(*where)
+            await self._listen(*where)
             ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
             ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
-            ending.push_async_callback(self._stop_listening, server)
-            await server.start_serving()
+            ending.callback(lambda: [each.close() for each in self._servers])
+            if sys.platform != "win32":  # those just accepted have their turn before it is closed
+                ending.push_async_callback(asyncio.sleep, 0)
+                for each in self._listening:
+                    ending.callback(loop.remove_reader, each)
+            await self._servers[0].start_serving()
             ready.set_result(self.url)
             logger.info("serving at %s", self.url, extra=ALWAYS)
             try:
-                await self._stop
+                error = await self._stop
             except GeneratorExit:  # nobody will ever run this loop again; another may serve
                 ending.pop_all()
                 raise
-
-    async def _stop_listening(self, server: asyncio.AbstractServer) -> None:
-        """asyncio logs each connection that it accepted just before: they have their turn first."""
-        try:
-            with contextlib.suppress(NotImplementedError):  # on Windows
-                for each in self._listening:
-                    asyncio.get_running_loop().remove_reader(each)
-            await asyncio.sleep(0)
-        finally:
-            server.close()
+            if error:
+                raise error
 
     def _finish(self) -> None:
         if self._handover:
             self._handover.end()
         sparing.tell_counts()
+        for _ in range(self._idle):
+            self._jobs.put(lambda: False)
         self._reset()
 
     def _end(self, error: BaseException | None = None) -> None:
-        """Have `_serve()` end: at once, if it serves; with this error, which a handler raised."""
+        """Have `_serve()` end, if it serves; with this error, which a handler raised."""
         if self._stop and not self._stop.done():
-            if error is None:
-                self._stop.set_result(None)
-            else:
-                self._stop.set_exception(error)
+            self._stop.set_result(error)
 
     async def _listen(self, port: int | None, host: str | None, ssl: ssl_module.SSLContext | None,
-                      sock: socket.socket | None, reuse_port: bool) -> asyncio.AbstractServer:
+                      sock: socket.socket | None, reuse_port: bool) -> None:
         port = self.config.server_port if port is None else port
         host = self.config.server_host if host is None else host
         where: dict[str, Any] = {"sock": sock} if sock else {
@@ -2637,18 +2605,21 @@ class WebChannels:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
             raise OSError(error.errno or errno.EADDRNOTAVAIL, hint) from None
-        self._listening, self._ssl = server.sockets, ssl
+        self._servers, self._listening, self._ssl = [server], server.sockets, ssl
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
         scheme = "https" if ssl else "http"
         if not isinstance(names[0], tuple):  # a Unix socket's path, or bytes if it is abstract
             self.url = f"{scheme}+unix://{urllib.parse.quote(names[0], safe='')}"
-            return server
+            return
         address, self.port = names[0][:2]
         shown = "localhost" if address in ("0.0.0.0", "::") else address
         shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"{scheme}://{shown}:{self.port}"
-        return server
+
+    async def _listen_again(self, sock: Any) -> None:
+        self._servers.append(await asyncio.start_server(
+            self._accept, backlog=1024, sock=sock, ssl=self._ssl))
 
     def down(self) -> None:
         """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
@@ -2656,10 +2627,10 @@ class WebChannels:
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
-        ended, timeout = self._ended, self.config.shutdown_timeout + 2
+        done, timeout = self._done, self.config.shutdown_timeout + 2
         alive = self._give(self._end) or self._loop is None  # not in a loop that was closed
         waits = alive and threading.get_ident() != self._thread and _params.get() is None
-        if waits and not ended(min(timeout, threading.TIMEOUT_MAX)):
+        if waits and not done.wait(min(timeout, threading.TIMEOUT_MAX)):
             logger.warning("a handler holds the event loop: the server could not stop")
 
     async def _shut_down(self) -> None:
@@ -2686,7 +2657,6 @@ class WebChannels:
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
-        self._pool.end()
 
     async def _keep_sweeping(self) -> None:
         while True:
@@ -2725,6 +2695,9 @@ class WebChannels:
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             logger.warning("%s: accepting pauses", error.strerror)
+        elif context["message"] == "Accept failed on a socket" and not self._stopping:
+            logger.warning("%s: listening again", error)  # on Windows asyncio is about to close it
+            asyncio.ensure_future(self._listen_again(context["socket"].dup()))
         elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
             loop.default_exception_handler(context)
 
@@ -2759,11 +2732,12 @@ class WebChannels:
                     future.set_result(call())
                 except BaseException as error:
                     future.set_exception(error)
-        if not self._give(run):
+        if self._give(run):
+            concurrent.futures.wait([future], _STUCK)
+            if future.cancel():
+                raise TimeoutError(_HELD)
+        elif future.cancel():
             return call()
-        concurrent.futures.wait([future], _STUCK)
-        if future.cancel():
-            raise TimeoutError(_HELD)
         return future.result()
 
     def _forked(self) -> None:
@@ -2779,7 +2753,8 @@ class WebChannels:
                 if each.fileno() >= 0:
                     os.dup2(null.fileno(), each.fileno(), inheritable=False)
         self._lock = threading.Lock()
-        self._ended = lambda timeout: True
+        self._done = threading.Event()
+        self._done.set()
         self._reset()
 
 
@@ -2817,6 +2792,11 @@ def parse_origin(text: str) -> tuple[str, str, int] | None:
     if not match:
         return None
     return match[1], match[2], int(match[3] or (443 if match[1] == "https" else 80))
+
+
+def _work(jobs: queue.SimpleQueue[Callable[[], bool]]) -> None:
+    while jobs.get()():  # holding nothing meanwhile
+        pass
 
 
 def _ids(given: Clients) -> set[str]:
