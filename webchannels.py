@@ -237,7 +237,8 @@ class Endpoint:
                                 f"but it can ask for {', '.join(sorted(known))}, by name")
 
     def __call__(self, given: dict[str, Any]) -> Any:
-        """Call the handler with what it takes of `given`."""
+        """Call the handler with what it takes of `given`, which params() has."""
+        _params.set(given)
         names = {*given} - self.bound if self.takes_any else self.takes
         given = {name: given[name] for name in names if name in given}
         try:
@@ -336,7 +337,10 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 def to_utf8(text: str) -> bytes:
     """UTF-8; half of a surrogate pair, which has none, as JSON's escape for it: `\\ud83d`."""
-    return text.encode("utf-8", "backslashreplace")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "backslashreplace")
 
 
 def check_name(channel: str) -> None:
@@ -1418,21 +1422,23 @@ class ChannelClient(Connection):
 
     def _work(self, my_turn: bool = False) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
-        pending, ends = self._pending, 0.0
+        app, pending, handled = self._app, self._pending, 0
+        app._now = time.monotonic()
+        ends = app._now + _TURN
         self._corked = True
         try:
             if my_turn and self._frames.more and not pending:
                 self._take(b"")
-            while pending and not (self._task or self._behind or self._in_line):
-                kind, data = pending[0]
-                if (kind == TEXT or kind == BINARY) and len(data) > _LARGE and not (
-                        my_turn or self._app._take_turn()):
-                    self._app._line_up(self)
+            for kind, data in pending:
+                if self._task or self._behind or self._in_line:
                     break
-                del pending[0]
+                if len(data) > _LARGE and not (my_turn or app._take_turn()):
+                    app._line_up(self)
+                    break
+                handled += 1
                 if kind == TEXT or kind == BINARY:
                     if not self._done:
-                        self._app._message(self, data)
+                        app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s %s", self, *data)
                     self._close(*data)
@@ -1443,13 +1449,10 @@ class ChannelClient(Connection):
                     self._close(*data)
                 if self._queued > _READ_AHEAD:
                     self._flush()
-                if pending:
-                    now = time.monotonic()
-                    if not ends:
-                        ends = now + _TURN
-                    elif now > ends:
-                        self._app._line_up(self)
+                if app._now > ends and handled < len(pending):
+                    app._line_up(self)
         finally:
+            del pending[:handled]
             self._corked = False
             self._flush()
         if pending or self._task or self._behind:
@@ -1473,7 +1476,8 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
-        self._app._here()  # what the handler's threads sent comes before
+        if self._app._handover and self._app._handover.calls:
+            self._app._handover.take()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
         text = result if isinstance(result, str) and not v1 else None
         if text is None:
@@ -1828,12 +1832,12 @@ class Handover:
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop, self._limit = loop, limit
         # Its methods are atomic. A lock could be held by what a signal handler interrupts.
-        self._calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
+        self.calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
         self._moved = 0.0  # when the loop was woken, or made a call
         self._woken = self._taking = self._over = False
 
     def _waiting(self) -> int:
-        return sum([size for size, _ in self._calls.copy()])
+        return sum([size for size, _ in self.calls.copy()])
 
     def give(self, call: Callable[[], Any], size: int = 0) -> bool:
         """Have the loop make this call, which holds so many bytes. Raises TimeoutError.
@@ -1848,7 +1852,7 @@ class Handover:
                 if time.monotonic() > self._moved + _STUCK:
                     raise TimeoutError(_HELD)
                 time.sleep(_NAP)
-        self._calls.append((size + 1000, call))  # bytes, about, of what holds it
+        self.calls.append((size + 1000, call))  # bytes, about, of what holds it
         if not self._woken:
             self._woken, self._moved = True, time.monotonic()
             with contextlib.suppress(RuntimeError):  # it was closed just now
@@ -1861,8 +1865,8 @@ class Handover:
         if self._taking:
             return
         self._taking = True
-        for _ in range(len(self._calls)):
-            call = self._calls.popleft()[1]
+        for _ in range(len(self.calls)):
+            call = self.calls.popleft()[1]
             try:
                 call()
             except Exception:
@@ -1915,6 +1919,7 @@ class WebChannels:
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
         self._line: collections.deque[Connection] = collections.deque()  # these wait for a turn
+        self._now = 0.0  # when the loop had last done with a handler, by time.monotonic()
         self._moving = False  # someone has a turn, or will have one
         self._freed = False  # may the system get memory back?
         self._tasks: set[asyncio.Future[Any]] = set()
@@ -2249,19 +2254,17 @@ class WebChannels:
     def _start(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
         """Call a handler in a context of its own; what comes back is its result, or a future."""
         context = self._context.copy()
-        context.run(_params.set, given)
         if endpoint.threaded:
             threaded = self._in_thread(lambda: context.run(endpoint, given))
             return asyncio.ensure_future(self._await(threaded))
-        begun = time.perf_counter()
         try:
             result = context.run(endpoint, given)
         except (SystemExit, KeyboardInterrupt) as error:
             raise self._exit(error) from error
-        held = time.perf_counter() - begun
-        if held > _SLOW:
+        begun, self._now = self._now, time.monotonic()
+        if self._now > begun + _SLOW:
             logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                           "it with threaded=True", endpoint.name, held * 1000,
+                           "it with threaded=True", endpoint.name, (self._now - begun) * 1000,
                            extra={"kind": endpoint.name})
         if result.__class__ is not str and inspect.isawaitable(result):
             return context.run(asyncio.ensure_future, self._await(result))
@@ -2310,6 +2313,7 @@ class WebChannels:
         return await future
 
     async def _invoke(self, endpoint: Endpoint, given: dict[str, Any]) -> Any:
+        self._now = time.monotonic()
         result = self._start(endpoint, given)
         return await result if isinstance(result, asyncio.Future) else result
 
@@ -2342,12 +2346,14 @@ class WebChannels:
             elif data == "":  # a keep-alive
                 return
             else:
+                self._now = time.monotonic()
                 result = self._default(client, *origin[:2])
             if isinstance(result, asyncio.Future):
                 client._reply_later(origin, result)
             else:
                 client._reply(origin, result)
         except BaseException as error:
+            self._now = time.monotonic()
             client._fail(origin, error)
 
     def _default(self, client: ChannelClient, channel: str, message: str) -> str:
