@@ -2260,7 +2260,6 @@ var WebChannels = (() => {
     emit('debug', { out: data })
   }
   const failure = (why = '', name = 'AbortError') => new DOMException(why.trim(), name)
-
   const deferred = (/** @type {any} */ more) => {
     more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
     more.promise.catch(() => { }) // of a subscription: renew() complains
@@ -2276,7 +2275,8 @@ var WebChannels = (() => {
     else {
       if (typeof frame.data !== 'string') frame.data = new Blob([frame.data]) // it may be reused
       const size = frame.data.size ?? frame.data.length
-      const total = [...queue.values()].reduce((sum, each) => sum + each, size)
+      let total = size
+      for (const each of queue.values()) total += each
       if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.set(frame, size)
       else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
