@@ -4473,7 +4473,7 @@ class InChromium(BrowserTest):
         with serve(self.app) as url:
             page = self.live_page(url)
             port = self.app.port
-            page.evaluate("""(window.told = [], Math.random = () => 0.05, ['state', 'open', 'close']
+            page.evaluate("""(window.told = [], Math.random = () => 0, ['state', 'open', 'close']
                 .forEach(type => WebChannels.addEventListener(type, ({ type, detail }) =>
                     told.push(type === 'state' ? detail : type))), 0)""")
             self.app.down()

@@ -2235,7 +2235,7 @@ var WebChannels = (() => {
     const wasOpen = state === 'open'
     const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
-    if (wait) timer = setTimeout(tick, wait)
+    if (!final) timer = setTimeout(tick, wait)
     socket?.close()
     socket = null
     const lost = failure(`Lost: ${code} ${reason}`, 'NetworkError')
@@ -2248,7 +2248,7 @@ var WebChannels = (() => {
       subscriptions.forEach(deferred) // open() asks for them again
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
-    if (wait) emit('debug', { wait })
+    if (!final) emit('debug', { wait })
     const why = origin === 'null' && !wasOpen && failures < 2
       ? 'see config.allowed_origins' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
