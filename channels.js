@@ -71,8 +71,8 @@ var WebChannels = (() => {
       opening.binaryType = 'arraybuffer'
       opening.onopen = opened
       opening.onmessage = received
-      opening.onclose = ({ code, reason }) => opening === socket && end(code, reason)
-    } catch (error) { end(1000, String(error)) }
+      opening.onclose = ({ code, reason }) => opening === socket && disconnect(code, reason)
+    } catch (error) { disconnect(1000, String(error)) }
   }
 
   // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
@@ -83,7 +83,7 @@ var WebChannels = (() => {
     if (canSend()) failures = 0 // not before: a server may let us in and drop us
     trust--
     if (trust === 0) transmit('')
-    if (trust <= -PATIENCE) end(1006, 'no sign of life')
+    if (trust <= -PATIENCE) disconnect(1006, 'no sign of life')
   }
 
   const wake = () => {
@@ -112,13 +112,13 @@ var WebChannels = (() => {
     else request?.reject(Object.assign(Error(frame.error), { name: 'ChannelError' }))
   }
 
-  const end = (code = 1006, reason = '') => {
+  const disconnect = (code = 1006, reason = '') => {
     if (state === 'closed') return
     const final = code === 1000 || code === 1008 // the will of the page or the server
     const wasOpen = state === 'open'
     const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
-    if (wait) timer = setTimeout(tick, wait)
+    if (!final) timer = setTimeout(tick, wait)
     socket?.close()
     socket = null
     const lost = failure(`Lost: ${code} ${reason}`, 'NetworkError')
@@ -131,7 +131,7 @@ var WebChannels = (() => {
       subscriptions.forEach(deferred) // open() asks for them again
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
-    if (wait) emit('debug', { wait })
+    if (!final) emit('debug', { wait })
     const why = origin === 'null' && !wasOpen && failures < 2
       ? 'see config.allowed_origins' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
@@ -143,7 +143,6 @@ var WebChannels = (() => {
     emit('debug', { out: data })
   }
   const failure = (why = '', name = 'AbortError') => new DOMException(why.trim(), name)
-
   const deferred = (/** @type {any} */ more) => {
     more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
     more.promise.catch(() => { }) // of a subscription: renew() complains
@@ -159,7 +158,8 @@ var WebChannels = (() => {
     else {
       if (typeof frame.data !== 'string') frame.data = new Blob([frame.data]) // it may be reused
       const size = frame.data.size ?? frame.data.length
-      const total = [...queue.values()].reduce((sum, each) => sum + each, size)
+      let total = size
+      for (const each of queue.values()) total += each
       if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.set(frame, size)
       else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
@@ -210,8 +210,8 @@ var WebChannels = (() => {
       signal?.throwIfAborted()
       const ref = ++lastRef
       const frame = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
-      const late = failure('No reply in time', 'TimeoutError')
-      const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), late)
+      const error = failure('No reply in time', 'TimeoutError')
+      const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), error)
       const abort = () => frame.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
       return send(frame).finally(() => {
@@ -267,7 +267,7 @@ var WebChannels = (() => {
       if (state === 'closed') enter('connecting')
       wake()
     }
-    close() { end(1000) }
+    close() { disconnect(1000) }
   }
 
   const first = Object.hasOwn(page, 'WebChannels') && page.WebChannels // of a copy before this
@@ -278,11 +278,11 @@ var WebChannels = (() => {
     addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
     // A page that sleeps, as in the bfcache, hears nothing.
     for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
-      if (socket && Object(event).persisted !== false) end(1006, type)
+      if (socket && Object(event).persisted !== false) disconnect(1006, type)
     }, true)
     addEventListener('securitypolicyviolation', ({ blockedURI, disposition }) => {
       if (blockedURI && address.startsWith(blockedURI) && disposition === 'enforce' && !canSend())
-        end(1000, 'forbidden by the Content-Security-Policy')
+        disconnect(1000, 'forbidden by the Content-Security-Policy')
     }, true)
     page.WebChannels = client
     page.Genie = { ...page.Genie, WebChannels: client }

@@ -5949,6 +5949,21 @@ class InChromium(BrowserTest):
             self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
             self.assertEqual((page.evaluate("made"), len(self.echoed)), (0, 2001))
 
+    def test_what_was_rejected_is_not_sent_later(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            self.assertEqual(page.evaluate("""(WebChannels.close(), WebChannels.open(),
+                window.outcome = WebChannels.sendMessageTo('____', 'echo', 0).catch(String),
+                WebChannels.close(), outcome)"""), "AbortError: Closed: 1000")
+            self.assertEqual(page.evaluate("""(async () => {
+                const leaving = new AbortController()
+                WebChannels.open()
+                const reply = WebChannels.request('____', 'echo', 'left', leaving)
+                leaving.abort()
+                return reply.catch(error => error.name) })()"""), "AbortError")
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
+            self.assertEqual(self.echoed, ["x"])
+
     def test_a_send_that_vanishes_is_noticed_within_three_ticks(self) -> None:
         with serve(self.app) as url:
             page = self.live_page(url, RECORD + """<script>
@@ -6015,7 +6030,7 @@ class InChromium(BrowserTest):
         with serve(self.app) as url:
             page = self.live_page(url)
             port = self.app.port
-            page.evaluate("""(window.told = [], Math.random = () => 0.05, ['state', 'open', 'close']
+            page.evaluate("""(window.told = [], Math.random = () => 0, ['state', 'open', 'close']
                 .forEach(type => WebChannels.addEventListener(type, ({ type, detail }) =>
                     told.push(type === 'state' ? detail : type))), 0)""")
             self.app.down()
