@@ -2049,6 +2049,14 @@ class TimeLimitsTest(ServerTest):
         self.until(lambda: not self.app.disconnected_clients())
 
 
+def take_no_turn(app: WebChannels) -> bool:
+    """In place of _take_turn(): whatever is large must wait in line."""
+    if not app._moving:
+        app._moving = True
+        app._soon(app._next_turns)
+    return False
+
+
 class BoundsTest(ServerTest):
     """What one peer can hold: memory, places, the others' time."""
 
@@ -2180,6 +2188,33 @@ class BoundsTest(ServerTest):
         self.until(lambda: sum(len("".join(one.channels))
                                for one in self.app.disconnected_clients()) < 3000)
         self.assertEqual(sorted(len(one.channels) for one in self.app.disconnected_clients())[0], 3)
+
+    def test_what_fails_in_its_turn_leaves_the_others_theirs(self) -> None:
+        work, failing = webchannels.ChannelClient._work, [True]
+
+        def fail_once(client: ChannelClient, my_turn: bool = False) -> None:
+            if my_turn and failing:
+                raise OSError(failing.pop())
+            work(client, my_turn)
+
+        self.app.config.ping_interval = 0
+        message = {"channel": "____", "message": "echo", "payload": "x" * 10_000}
+        first, second = self.connect(), self.connect()
+        with mock.patch.object(webchannels.ChannelClient, "_work", fail_once), \
+                mock.patch.object(WebChannels, "_take_turn", take_no_turn), \
+                self.assertLogs("asyncio", "ERROR"):
+            first.send_json(message)
+            self.until(lambda: not failing)
+            second.send_json(message)
+            self.assertEqual(len(second.recv_text()), 10_000)
+
+    def test_a_transport_that_cannot_read_any_more_is_no_error(self) -> None:
+        """So it is with TLS before Python 3.11, when the socket is lost and it is not yet told."""
+        transport = mock.Mock(resume_reading=mock.Mock(side_effect=AttributeError))
+        connection = webchannels.Connection(self.app)
+        connection._transport, connection._reading = transport, False
+        connection._read(True)
+        transport.resume_reading.assert_called_once_with()
 
     def test_half_a_tls_handshake_counts(self) -> None:
         app = WebChannels(Config(max_clients=2, handshake_timeout=60))
@@ -3337,9 +3372,9 @@ class RegistryTest(ServerTest):
                   "payload": [None, None, [1.5], {"a": None}]}),
                 ("tick", [-float("inf")], None,
                  {"channel": "____", "message": "tick", "payload": [None]}),
-                ("tick", ["NaN", {"-Infinity": float("nan")}, "\u20ac"], None,
-                 {"channel": "____", "message": "tick",
-                  "payload": ["NaN", {"-Infinity": None}, "\u20ac"]}),
+                ("tick", ["NaN", {"-Infinity": float("nan")}, '"NaN"\\', '\\"Infinity', "\1\0"],
+                 None, {"channel": "____", "message": "tick", "payload": [
+                     "NaN", {"-Infinity": None}, '"NaN"\\', '\\"Infinity', "\1\0"]}),
                 ('{"ref":1}', none, '{"ref":1}', {"channel": "____", "message": '{"ref":1}'})):
             self.assertTrue(app.broadcast("____", message, payload))
             for client in clients:
