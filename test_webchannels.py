@@ -3588,6 +3588,26 @@ print("after")
             self.assertNotIn("after", said)
             self.assertIn("a handler raised SystemExit(3)", said)
 
+    def test_down_waits_for_the_end_of_the_loop(self) -> None:
+        app, ended, started = self.app(), threading.Event(), threading.Event()
+        tasks: list[asyncio.Future[None]] = []
+
+        async def last() -> None:
+            try:
+                started.set()
+                await asyncio.sleep(60)
+            finally:  # asyncio.run() cancels it, and waits for it
+                await asyncio.sleep(0.1)
+                ended.set()
+
+        @app.route("/start")
+        async def start() -> None:
+            tasks.append(asyncio.ensure_future(last()))
+        with serve(app) as url:
+            self.assertEqual(request("GET", url + "/start").status, 204)
+            self.assertTrue(started.wait(10))
+        self.assertTrue(ended.is_set())
+
     def test_down_in_a_signal_handler_that_interrupts_a_broadcast(self) -> None:
         app = self.app()
         app.up(0, block=False)

@@ -764,7 +764,8 @@ class Push:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
         check_size(settings, self._bodies[1])
 
-    def __len__(self) -> int:
+    def size(self) -> int:
+        """Bytes that it holds."""
         return sum(map(len, self._bodies))
 
     def frame(self, dialect: Dialect) -> bytes:
@@ -878,7 +879,7 @@ class ChannelClient(asyncio.Protocol):
         there = self.connected or not self._transport
         if self._app._here():
             return there and self._push(push)
-        return there and self._app._give(functools.partial(self._push, push), len(push))
+        return there and self._app._give(functools.partial(self._push, push), push.size())
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -1329,7 +1330,8 @@ class Handover:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop, self._limit = loop, limit
-        # Its methods are atomic. A lock could be held by what a signal handler interrupts.
+        # Its methods are atomic, and suffice: a signal handler that interrupts the holder of a lock
+        # may wait for the loop, which then must not wait for that lock.
         self._calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
         self._moved = 0.0  # when the loop was woken, or made a call
         self._woken = self._taking = self._over = False
@@ -1663,7 +1665,7 @@ class WebChannels:
             return self._spread(pushes, without, among)
         there = any(self._meant(name, without, among) for name in names)
         if there or self._bus:
-            size = sum(len(push) for _, push in pushes)
+            size = sum(push.size() for _, push in pushes)
             spread = functools.partial(self._spread, pushes, without, among)
             there = self._give(spread, size) and there
         return there
