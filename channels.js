@@ -1,250 +1,299 @@
 // channels.js: the browser's side of webchannels.py. MIT License.
-// One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
-//   {channel, message, payload?, ref?}    to the server
-//   {channel, message, payload?}          from the server
-//   {ref, payload} or {ref, error}        its reply to a ref
-//   {error, channel, message}             an error without ref
-//   an empty message                      a keep-alive, answered by another
+var parse_payload = /** @type {(payload: any) => void} */ (Object(globalThis).parse_payload)
+var Genie = /** @type {{ WebChannels: typeof WebChannels }} */ (Object(globalThis).Genie)
+var WebChannels = (() => {
+  if (typeof document === 'undefined') throw new Error('channels.js works in pages only')
 
-// A second copy in the page finds the first. (Object(x) is x, of any type.)
-var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
   const TICK = 5000           // ms
-  const ASK = 5               // silent ticks until a keep-alive
-  const DEAD = 7              // silent ticks until the connection counts as lost
-  const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
-  const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
+  const TRUST = 5             // ticks without a word until the server is asked for one
+  const PATIENCE = 2          // ticks for its answer, and for the handshake
+  const DELAY = [1000, 30000] // ms within which to try again: at first, at most
+  const QUEUE = [2048, 2**20] // messages, and characters or bytes, that may wait
+  const PATH = /^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/
+  const KINDS = /** @type {any} */ ({ int: '-?\\d+', float: '-?\\d+(\\.\\d+)?', str: '[^/]+' })
 
   const page = Object(window)
-  const path = document.currentScript?.dataset.path || '/'
-  const base = location.href // at first: the page may change it
+  const { origin } = page
+  // By the prototype: an element with a name hides what the document has.
+  const ofDocument = (name = '') => Reflect.get(Document.prototype, name, document)
+  const script = ofDocument('currentScript')?.dataset ?? {} // a module has none
+  const base = origin === 'null' ? location.href : origin // about:srcdoc is no base
+  let address = script.path || '/'
+  try { address = new URL(address, base).href.replace(/^http/, 'ws') } catch { } // connect() tells
 
   let state = /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */ ('closed')
   let socket = /** @type {WebSocket | null} */ (null) // the only one
-  let timer = 0     // to the next tick
-  let silent = 0    // ticks since the server was heard
-  let failures = 0  // in a row
+  let timer = 0    // to the next tick
+  let trust = 0    // ticks until the server is asked for a word; below 0: ticks since then
+  let failures = 0 // in a row
   let lastRef = 0
-  // An item is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
-  const queue = new Map()         // items not sent yet -> bytes
-  const pending = new Map()       // ref -> item not answered yet
-  const subscriptions = new Map() // channel -> item
+  let hinted = 0
+  // A frame is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
+  const queue = new Map()    // frame not sent yet -> size
+  const requests = new Map() // ref -> frame not answered yet
+  // A subscription is {channel, promise, resolve, reject, confirmed (once), failures, timer}.
+  const subscriptions = new Map() // channel -> what the page wants, of each connection
 
-  /** False if a listener prevents the default. @param {string} type  @param {any} [detail] */
-  const emit = (type, detail) =>
-    client.dispatchEvent(new CustomEvent(type, { detail, cancelable: true }))
-
-  const complain = (/** @type {object} */ detail) =>
+  // ---- To the page, whose listeners may open() or close() ----
+  /** False if a listener prevents the default. */
+  const emit = (type = '', detail = /** @type {any} */ (null), channel = '') => client
+    .dispatchEvent(Object.assign(new CustomEvent(type, { detail, cancelable: true }), { channel }))
+  const complain = (/** @type {any} */ detail) =>
     emit('error', detail) && console.error('WebChannels:', detail)
 
-  const become = (/** @type {typeof state} */ next) => {
-    document.documentElement.dataset.webchannels = state = next
-    emit('state', next)
+  const enter = (/** @type {typeof state} */ next, type = '', detail = {}) => {
+    const changed = next !== state
+    ofDocument('documentElement').dataset.webchannels = state = next
+    if (type) emit(type, detail)
+    if (changed && next === state) emit('state', next)
+  }
+
+  const deliver = (/** @type {any} */ push) => {
+    const { channel, message, payload } = push
+    const detail = payload === undefined ? message : push
+    let untaken = emit('message', detail, channel)
+    // No slash in the message: /a + b/c is not /a/b + c.
+    for (const type of /^[^/]+$/.test(message) ? [`/${channel}/${message}`, '/:'] : [])
+      untaken = emit(type, push, channel) && untaken
+    if (untaken) page.parse_payload(detail)
   }
 
   // ---- The connection, and what goes through it ----
+  const canSend = () => socket?.readyState === 1 // wrappers of WebSocket have no OPEN
+  // Full jitter: a restarted server has all its clients coming.
+  const delay = (failures = 0) => Math.random() * Math.min(
+    DELAY[1], DELAY[0] * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures)
 
   const connect = () => {
-    silent = ASK // the handshake has a deadline, too
+    trust = 0 // the handshake is a question, too
     try {
-      socket = new WebSocket(new URL(path, base).href.replace('http', 'ws'), 'webchannels.v1')
-    } catch (error) { // no URL, or one that this page may not use: trying again is no help
-      complain({ error: String(error) })
-      return end(1000)
-    }
-    socket.binaryType = 'arraybuffer'
-    socket.onopen = opened
-    socket.onmessage = received
-    socket.onclose = ({ target, code, reason }) => target === socket && end(code, reason)
+      const opening = socket = new WebSocket(address, 'webchannels.v1')
+      opening.binaryType = 'arraybuffer'
+      opening.onopen = opened
+      opening.onmessage = received
+      opening.onclose = ({ code, reason }) => opening === socket && end(code, reason)
+    } catch (error) { end(1000, String(error)) }
   }
 
-  // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
-  // what the server said before it ticks twice.
+  // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
   const tick = () => {
     clearTimeout(timer)
     timer = setTimeout(tick, TICK)
     if (!socket) return connect()
-    if (++silent >= DEAD) return end()
-    if (socket.readyState !== WebSocket.OPEN) return
-    failures = 0 // not before: a server may let us in and drop us
-    if (silent === ASK) socket.send('')
+    if (canSend()) failures = 0 // not before: a server may let us in and drop us
+    trust--
+    if (trust === 0) transmit('')
+    if (trust <= -PATIENCE) end(1006, 'no sign of life')
   }
 
-  /** Connects or asks the server now, unless that is under way. */
   const wake = () => {
-    if (state === 'closed') return
     failures = 0
-    if (socket && silent >= ASK) return
-    silent = ASK - 1
+    if (state === 'closed' || socket && trust <= 0) return // it is under way
+    trust = 1
     tick()
   }
 
   const opened = () => {
-    silent = 0
+    trust = TRUST
     subscriptions.forEach(renew)
-    for (const item of queue.keys()) send(item)
+    for (const frame of queue.keys()) send(frame)
     queue.clear()
-    become('open')
-    emit('open')
+    if (canSend()) enter('open', 'open')
   }
 
   const received = (/** @type {MessageEvent} */ { data }) => {
-    silent = 0
+    trust = TRUST
+    emit('debug', { in: data })
     if (data === '') return
-    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const item = pending.get(m.ref) // if it is still wanted
-    const detail = 'payload' in m ? m : m.message
-    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
-    else if (m.ref) item?.resolve(m.payload)
-    else if (emit('message', detail)) page.parse_payload(detail)
+    const frame = typeof data === 'string' ? JSON.parse(data) : { message: data }
+    const request = requests.get(frame.ref) // if it is still wanted
+    if (!frame.ref) 'error' in frame ? complain(frame) : deliver(frame)
+    else if (!('error' in frame)) request?.resolve(frame.payload)
+    else request?.reject(Object.assign(Error(frame.error), { name: 'ChannelError' }))
   }
 
   const end = (code = 1006, reason = '') => {
+    if (state === 'closed') return
+    const final = code === 1000 || code === 1008 // the will of the page or the server
     const wasOpen = state === 'open'
-    const next = code === 1000 || code === 1008 ? 'closed' : 'reconnecting' // the server's will
+    const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
+    if (wait) timer = setTimeout(tick, wait)
     socket?.close()
     socket = null
-    for (const { reject } of pending.values()) reject(new DOMException('Lost', 'NetworkError'))
-    if (next === 'closed') {
-      for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
+    const lost = failure(`Lost: ${code} ${reason}`, 'NetworkError')
+    for (const { reject } of requests.values()) reject(lost)
+    if (final) {
+      const closed = failure(`Closed: ${code} ${reason}`)
+      for (const { reject } of queue.keys()) reject(closed)
       queue.clear()
-    } else {
-      // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
-      const most = Math.min(DELAY[1], DELAY[0] * (document.hidden ? 10 : 1) * 2 ** failures++)
-      timer = setTimeout(tick, Math.random() * most)
+      for (const { reject } of subscriptions.values()) reject(closed)
+      subscriptions.forEach(deferred) // open() asks for them again
     }
-    become(next) // last, for listeners may open() or close()
-    if (wasOpen) emit('close', { code, reason })
+    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
+    if (wait) emit('debug', { wait })
+    const why = origin === 'null' && !wasOpen && failures < 2
+      ? 'see config.allowed_origins' : final && reason // for a sandbox
+    if (why) complain({ error: `${address}: ${why}` })
   }
 
-  const deferred = (/** @type {any} */ item) => {
-    item.promise = new Promise((resolve, reject) => Object.assign(item, { resolve, reject }))
-    return item
+  const transmit = (/** @type {any} */ data) => {
+    trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
+    socket?.send(data)
+    emit('debug', { out: data })
+  }
+  const failure = (why = '', name = 'AbortError') => new DOMException(why.trim(), name)
+
+  const deferred = (/** @type {any} */ more) => {
+    more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
+    more.promise.catch(() => { }) // of a subscription: renew() complains
+    return more
   }
 
-  const send = (/** @type {any} */ item) => {
-    if (socket?.readyState === WebSocket.OPEN) { // a closing one swallows it
-      socket.send(item.data)
-      if (item.ref) pending.set(item.ref, item)
-      else item.resolve()
-    } else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
+  const send = (/** @type {any} */ frame) => {
+    if (canSend()) {
+      if (frame.ref) requests.set(frame.ref, frame)
+      else frame.resolve()
+      transmit(frame.data)
+    } else if (state === 'closed') frame.reject(failure('Closed'))
     else {
-      const copy = new Blob([item.data]) // the caller may reuse its buffer
-      if (typeof item.data !== 'string') item.data = copy
-      const bytes = [...queue.values()].reduce((sum, size) => sum + size, copy.size)
-      if (queue.size < QUEUE[0] && bytes <= QUEUE[1]) queue.set(item, copy.size)
-      else item.reject(new DOMException('Queue full', 'QuotaExceededError'))
+      if (typeof frame.data !== 'string') frame.data = new Blob([frame.data]) // it may be reused
+      const size = frame.data.size ?? frame.data.length
+      const total = [...queue.values()].reduce((sum, each) => sum + each, size)
+      if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.set(frame, size)
+      else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
-    return item.promise
+    return frame.promise
   }
 
-  const renew = (/** @type {any} */ { resolve, reject }, /** @type {string} */ channel) =>
-    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(resolve)
-      .then(() => emit('subscribed', channel), error => {
-        if (error instanceof DOMException) return // lost: the next connection renews it
-        subscriptions.delete(channel)
-        reject(error)
-        complain({ error: error.message, channel, message: 'subscribe' })
-      })
+  const renew = (/** @type {any} */ subscription) => {
+    const { channel } = subscription
+    const wanted = () => subscriptions.get(channel) === subscription
+    clearTimeout(subscription.timer)
+    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
+      if (!wanted()) return
+      Object.assign(subscription, { confirmed: true, failures: 0 }).resolve(reply)
+      emit('subscribed', channel)
+    }, error => {
+      if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
+      if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
+        const wait = delay(subscription.failures++)
+        subscription.timer = setTimeout(() => wanted() && canSend() && renew(subscription), wait)
+        emit('debug', { wait, channel })
+      } else drop(subscription, error)
+      complain({ error: error.message, channel, message: 'subscribe' })
+    })
+  }
+  const drop = (/** @type {any} */ { channel, reject }, /** @type {Error} */ error) => {
+    subscriptions.delete(channel)
+    reject(error)
+  }
 
-  // ---- What the page uses ----
-
-  /** Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
-   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}. */
-  class Client extends EventTarget {
-    /** Also in `<html data-webchannels="...">`. */
+  /** @typedef {(type: string, listener: (event: CustomEvent & { channel: string }) => void,
+   *   options?: any) => void} Listen
+   * @typedef {{ addEventListener: Listen, removeEventListener: Listen } & EventTarget} Target */
+  class Client extends /** @type {new () => Target} */ (EventTarget) {
+    get address() { return address }
     get state() { return state }
 
-    /** Resolves when handed over; rejects when too much waits, or on close(). A reply is a push.
-     * @param {string} channel  @param {string} message  @param {any} [payload] */
+    /** @param {string} channel  @param {string} message  @param {any} [payload] */
     async sendMessageTo(channel, message, payload) {
       return send(deferred({ data: JSON.stringify({ channel, message, payload }) }))
     }
-
-    /** The same for bytes, to channel("/"). @param {BufferSource | Blob} data */
+    /** To channel("/"). @param {BufferSource | Blob} data */
     async sendBinary(data) { return send(deferred({ data })) }
 
-    /** Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
-     * AbortError, NetworkError (connection lost: nobody knows whether it ran).
-     * @param {string} channel  @param {string} message  @param {any} [payload]
+    /** @param {string} channel  @param {string} message  @param {any} [payload]
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity */
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
+      if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const item = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
-      const late = setTimeout(item.reject, Math.min(timeout, 2e9),
-        new DOMException('No reply in time', 'TimeoutError'))
-      const abort = () => item.reject(signal?.reason)
+      const frame = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
+      const late = failure('No reply in time', 'TimeoutError')
+      const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), late)
+      const abort = () => frame.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
-      return send(item).finally(() => {
-        clearTimeout(late)
+      return send(frame).finally(() => {
+        clearTimeout(timer)
         signal?.removeEventListener('abort', abort)
-        queue.delete(item)
-        pending.delete(ref)
+        queue.delete(frame)
+        requests.delete(ref)
       })
     }
 
     /** Gives pushes with a payload to `handler`, not to parse_payload, until the result is called.
-     * @param {string} path  '/channel/message', where `:name` stands for any segment
+     * @param {string} path  '/channel/message', with `:name`, `:n::int` or `:x::float` segments
      * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s */
     channel(path, handler) {
-      const segments = path.split('/').map(segment => segment[0] === ':'
-        ? `(?<${segment.split(':')[1]}>[^/]+)` : segment.replace(/\W/g, '\\$&'))
-      const pattern = RegExp(`^${segments.join('/')}$`)
+      if (!PATH.test(path) || typeof handler !== 'function')
+        throw new TypeError(`not a path '/channel/message' and a handler: '${path}', ${handler}`)
+      const numbers = [...path.matchAll(/\/:(\w+)::[if]/g)].map(match => match[1])
+      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g,
+        (text, name, kind = 'str') => name ? `/(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
+      const type = path.includes('/:') ? '/:' : path
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
         const match = pattern.exec(`/${channel}/${message}`)
-        if (!match || payload === undefined) return
-        event.preventDefault()
-        handler(payload, { ...match.groups, channel, message })
+        if (match && payload !== undefined) {
+          const info = /** @type {any} */ ({ ...match.groups })
+          for (const name of numbers) info[name] = Number(info[name])
+          event.preventDefault()
+          handler(payload, { ...info, channel, message })
+        } else if (type === path && !hinted++)
+          console.warn(`${path} went to parse_payload: give it a payload, None will do`)
       }
-      client.addEventListener('message', listener)
-      return () => client.removeEventListener('message', listener)
+      client.addEventListener(type, listener)
+      return () => client.removeEventListener(type, listener)
     }
 
-    /** Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
-     * @param {string} channel  @returns {Promise<any>} */
+    /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      if (subscriptions.has(channel)) return subscriptions.get(channel).promise
-      const item = deferred({})
-      item.promise.catch(() => { }) // renew() complains
-      subscriptions.set(channel, item)
-      if (state === 'open') renew(item, channel)
-      return item.promise
+      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
+      if (!subscriptions.has(channel)) {
+        subscriptions.set(channel, subscription)
+        if (canSend()) renew(subscription)
+      }
+      return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
     }
-
     /** @param {string} channel */
     async unsubscribe(channel) {
-      subscriptions.get(channel)?.reject(new DOMException('Unsubscribed', 'AbortError'))
-      subscriptions.delete(channel)
-      if (state === 'open') return client.request(channel, 'unsubscribe')
+      if (subscriptions.has(channel)) drop(subscriptions.get(channel), failure('Unsubscribed'))
+      if (canSend()) await client.request(channel, 'unsubscribe', undefined, { timeout: Infinity })
+        .catch(error => { if (!(error instanceof DOMException)) throw error }) // lost: it succeeded
     }
 
-    /** Connects, at once. */
     open() {
-      if (state === 'closed') become('connecting')
+      if (state === 'closed') enter('connecting')
       wake()
     }
-
-    /** Stays away until open(). Rejects what waits. */
     close() { end(1000) }
   }
 
-  const client = new Client()
-  // Captured, because 'resume' goes to the document.
-  for (const type of ['online', 'offline', 'pageshow', 'resume']) addEventListener(type, wake, true)
-  document.addEventListener('visibilitychange', () => document.hidden || wake())
-  addEventListener('pagehide', e => e.persisted && state !== 'closed' && end()) // for the bfcache
-
-  page.Genie = { ...page.Genie, WebChannels: client }
-  page.parse_payload ||= (/** @type {any} */ payload) => {
-    console.log(payload)
-    console.log('Overwrite window.parse_payload to handle messages from the server')
+  const first = Object.hasOwn(page, 'WebChannels') && page.WebChannels // of a copy before this
+  const client = /** @type {Client} */ (first || new Client())
+  if (!first) {
+    for (const type of ['online', 'offline', 'pageshow', 'resume'])
+      addEventListener(type, wake, true) // captured, for some go to the document
+    addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
+    // A page that sleeps, as in the bfcache, hears nothing.
+    for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
+      if (socket && Object(event).persisted !== false) end(1006, type)
+    }, true)
+    addEventListener('securitypolicyviolation', ({ blockedURI, disposition }) => {
+      if (blockedURI && address.startsWith(blockedURI) && disposition === 'enforce' && !canSend())
+        end(1000, 'forbidden by the Content-Security-Policy')
+    }, true)
+    page.WebChannels = client
+    page.Genie = { ...page.Genie, WebChannels: client }
+    if (typeof page.parse_payload !== 'function') page.parse_payload = (payload = '') => {
+      console.log(payload)
+      console.log('Overwrite window.parse_payload to handle messages from the server')
+    }
+    client.open()
   }
-
-  client.open()
+  const ready = () => console.log('Subscription ready')
+  if (client.address === address) client.subscribe(script.channel || '____').then(ready, () => { })
+  else complain({ error: `connected to ${client.address}, so not to ${address}` })
   return client
 })()
-
-WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
-  .then(() => console.log('Subscription ready'), () => { })

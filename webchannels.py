@@ -18,8 +18,8 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 `connected_clients()` lists who is there. Handlers are `def` or `async def`; they take nothing and
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
-The rooms of this file, in the order in which data flows: config, router, http, websocket,
-messages, clients, bus, app, default app, channels.js, demo.
+The rooms of this file, in the order in which data flows: config, log, router, messages, http,
+websocket, connections, bus, app, default app, channels.js, demo.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ import ssl as ssl_module
 import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import weakref
 import webbrowser
@@ -71,7 +72,6 @@ __all__ = [
     "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
-logger = logging.getLogger("webchannels")
 H = TypeVar("H", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------- config
@@ -95,15 +95,17 @@ class Config:
     max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
     max_body_size: int = 1024 * 1024  # of a request; past it 413
     max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
+    max_inflation: int = 50  # times a message may inflate (and 64 KiB a second); past it 1009
     max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
     max_subscriptions: int = 1000  # channels for each client
     max_threads: int = 32  # for threaded=True handlers; when all are busy, the next one waits
     max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
-    handshake_timeout: float = 10  # for a request, a frame or a closing handshake to arrive
+    handshake_timeout: float = 10  # for a request, a message or a closing handshake to arrive
     keep_alive_timeout: float = 75  # for an HTTP connection to be idle
     ping_interval: float = 20  # a client silent for so long is sent a ping; 0: never
     ping_timeout: float = 20  # and dropped when it is silent for so long after it
     shutdown_timeout: float = 5  # for handlers to finish and clients to close
+    abandoned_timeout: float = 10  # for handlers whose client has left; they are cancelled
     disconnected_ttl: float = 60  # for which disconnected_clients() lists a client that left
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
@@ -114,6 +116,69 @@ class Config:
     bus: Bus | None = None  # what carries broadcasts in place of Redis
 
 
+# ---------------------------------------------------------------------------------------- log
+
+_TELL_AGAIN = 10.0  # seconds
+
+
+def printable(text: str, size: int = 500) -> str:
+    """`text` without its middle if it is longer; what could forge a line is escaped."""
+    if len(text) > size:
+        text = f"{text[:size // 2]} ... {text[-size // 2:]}"
+    return "".join([each if each.isprintable() else repr(each)[1:-1] for each in text])
+
+
+class Sparing(logging.Filter):
+    """Lets a kind of line into the log once in `_TELL_AGAIN` seconds, and counts the others.
+
+    A kind is what `extra={"kind": ...}` says (None: all are told), or else the line's template, and
+    with a traceback the places that it went through. So what a peer sends must be in the arguments.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # When each kind was told last, how many were not since then, their level, and the first.
+        self._kinds: dict[Any, tuple[float, int, int, str]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        kind = getattr(record, "kind", record.msg)
+        if kind is not None:
+            error = record.exc_info and record.exc_info[1]
+            trace = traceback.walk_tb(error.__traceback__) if error else ()
+            places = frozenset([(frame.f_code, number) for frame, number in trace])
+            kind = str(kind), places if len(self._kinds) < 1000 else None
+            known = self._kinds.get(kind)
+            if known:
+                told, kept_back, level, line = known
+                self._kinds[kind] = told, kept_back + 1, level, line
+                return False
+        text = record.getMessage()
+        line = printable(text)
+        if line != text:
+            record.msg, record.args = line, None
+        if kind is not None:
+            self._kinds[kind] = time.monotonic(), 0, record.levelno, line
+        if record.exc_info:  # logging makes a text of it only where there is none
+            lines = logging.Formatter().formatException(record.exc_info).split("\n")
+            lines = [*lines[:50], *lines[50:][-50:]]
+            record.exc_text = "\n".join([f"  {printable(each)}" for each in lines])
+        return True
+
+    def tell_counts(self, now: float = math.inf) -> None:
+        """Tell how many lines were kept back, where it is time for it; without `now`, of all."""
+        for kind, (told, kept_back, level, line) in list(self._kinds.items()):
+            if now >= told + _TELL_AGAIN:
+                self._kinds.pop(kind, None)  # unless another app's thread has done so
+                if kept_back:
+                    logger.log(level, "%d more like this: %s", kept_back, line, extra=ALWAYS)
+
+
+ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
+logger = logging.getLogger("webchannels")
+sparing = Sparing()
+logger.addFilter(sparing)
+
+
 # ------------------------------------------------------------------------------------- router
 
 # What `:name::int` and the others match, most specific first: the order in which they are tried.
@@ -121,7 +186,7 @@ class Config:
 _SEGMENTS: dict[type, re.Pattern[str]] = {
     int: re.compile(r"-?[0-9]{1,300}"),
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
-    str: re.compile(r".+", re.DOTALL),
+    str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
 
 
@@ -157,7 +222,13 @@ class Endpoint:
         parameters = inspect.signature(handler, **_UNEVALUATED).parameters.values()
         self.takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters)
         named = [each for each in parameters if not each.kind.name.startswith("VAR_")]
-        self.takes = [each.name for each in named]
+        self.bound: set[str] = set()  # what functools.partial() binds is the program's alone
+        inner: Any = handler
+        while inner is not None:
+            partial = isinstance(inner, functools.partial)
+            self.bound.update(inner.keywords if partial else ())
+            inner = inner.func if partial else getattr(inner, "__wrapped__", None)
+        self.takes = [each.name for each in named if each.name not in self.bound]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
         for each in named:
@@ -167,8 +238,8 @@ class Endpoint:
 
     def __call__(self, given: dict[str, Any]) -> Any:
         """Call the handler with what it takes of `given`."""
-        if not self.takes_any:
-            given = {name: given[name] for name in self.takes if name in given}
+        names = {*given} - self.bound if self.takes_any else self.takes
+        given = {name: given[name] for name in names if name in given}
         try:
             return self.handler(**given)
         except StopIteration as error:  # before Python 3.12 no future can hold it
@@ -221,6 +292,106 @@ class Router:
         return found
 
 
+# ----------------------------------------------------------------------------------- messages
+
+
+_MAX_NAME = 256  # characters of a channel's or a message's name
+_MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
+_ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
+
+
+class ChannelError(Exception):
+    """Raised by a channel's handler: the sender is told its text, up to 8,192 characters.
+
+    Example: raise ChannelError("Full")
+    """
+
+
+# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
+# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
+_decoder: Any = json.JSONDecoder(
+    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
+    lambda text: int(text if len(text) <= 4300 else ""))
+_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
+_encoder = _json()
+_quote = _encoder.encode
+
+
+def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """JSON as JavaScript's own makes it: NaN and the infinities become null.
+
+    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
+    """
+    encoder = _encoder if default is None else _json(default=default)
+    try:
+        text = encoder.encode(value)
+        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
+            text = _quote(json.loads(text, parse_constant=lambda name: None))
+        return text
+    except RecursionError:
+        raise ValueError("the payload is circular or nested too deep") from None
+    except TypeError as error:
+        raise TypeError(f"{error}: set config.json_default to what converts it") from None
+
+
+def to_utf8(text: str) -> bytes:
+    """UTF-8; half of a surrogate pair, which has none, as JSON's escape for it: `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def check_name(channel: str) -> None:
+    """Raises ValueError for what no channel can be called."""
+    if not channel or len(channel) > _MAX_NAME or channel.strip("/") != channel:
+        raise ValueError(f"a channel's name has 1 to {_MAX_NAME} characters, the first and the "
+                         f"last no slash: not {printable(channel, 40)!r}")
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, or is nested too deep."""
+    check_depth(text)
+    try:
+        return _decoder.decode(text)
+    except RecursionError:  # of a handler that is deep in a recursion itself
+        raise ValueError("JSON nested too deep") from None
+
+
+def check_depth(text: str) -> None:
+    """Raises ValueError for a JSON text that is nested deeper than `_MAX_DEPTH`.
+
+    Its decoder is recursive C, which on some Pythons would rather crash than say so.
+    """
+    if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
+        return
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return
+    data = text.encode("utf-8", "replace").replace(b"\\\\", b"").replace(b'\\"', b"")
+    data = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")  # most strings are gone
+    brackets = b"".join(data.split(b'"')[::2])
+    for _ in range(8):  # this leaves little to look at one by one
+        brackets = brackets.replace(b"[]", b"")
+    depth = 0
+    for bracket in brackets:
+        depth += 1 if bracket == 91 else -1  # "["
+        if depth > _MAX_DEPTH:
+            raise ValueError("JSON nested too deep")
+
+
+def read_envelope(data: str | bytes) -> dict[str, Any] | None:
+    """The JSON object with a "channel" that this is, or None."""
+    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
+    if text[:1] != "{":
+        return None
+    try:
+        if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
+            check_depth(text)
+        envelope, end = _decoder.scan_once(text, 0)  # raw_decode() is slower
+    except (ValueError, RecursionError, StopIteration):
+        return None
+    if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
+        return None
+    return envelope  # type: ignore[no-any-return]
+
+
 # --------------------------------------------------------------------------------------- http
 
 METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
@@ -231,8 +402,13 @@ _FIELDS = re.compile(rf"(?:\r\n{_TOKEN.pattern}:{_TEXT.pattern})*")
 _HEAD = re.compile(rf"({_TOKEN.pattern}) ([!-\"$-~]+) HTTP/([0-9])\.([0-9])({_FIELDS.pattern})")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(?::([0-9]{1,5}))?", re.IGNORECASE)
 _LENGTH = re.compile(r"[0-9]{1,18}")  # no sign, no space, not two of them
-_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:[ \t]*;{_TEXT.pattern})?")
+_QUOTED = r'"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[^\x00-\x08\x0a-\x1f\x7f])*"'  # RFC 9110, 5.6.4
+_EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{_TOKEN.pattern}|{_QUOTED}))?"
+_CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*".encode("latin-1"))
 _BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
+_MAX_FIELDS = 100  # of a request's header
+# No browser sends these in a form; to make sense of a million of them takes half a second.
+_NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
 _date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate, usegmt=True))
@@ -269,10 +445,14 @@ class Request:
             raise HTTPError(505)
         self.body, self.address, self.http_1_0 = b"", "", minor == "0"
         self.headers: dict[str, str] = {}
+        if fields.count("\r\n") > _MAX_FIELDS:
+            raise HTTPError(431)
         for line in fields.split("\r\n")[1:]:
             name, _, value = line.partition(":")
             name, value = name.lower(), value.strip(" \t")
-            self.headers[name] = f"{self.headers[name]}, {value}" if name in self.headers else value
+            if name in self.headers:  # RFC 9113, 8.2.3: a cookie may hold a comma
+                value = f"{self.headers[name]}{'; ' if name == 'cookie' else ', '}{value}"
+            self.headers[name] = value
         hosts = [self.headers.get("host", "none" if self.http_1_0 else "")]
         if self.target.startswith(("http://", "https://")):  # RFC 9112, 3.2.2: its host counts
             self.headers["host"], slash, rest = self.target.partition("://")[2].partition("/")
@@ -291,8 +471,10 @@ class Request:
     @property
     def cookies(self) -> dict[str, str]:
         """The cookies by name, without quotes around them. Example: request.cookies.get("user")"""
+        # RFC 6265, 5.2: spaces and tabs only, or "\xa0__Host-a" would become "__Host-a".
         pairs = [each.partition("=") for each in self.headers.get("cookie", "").split(";")]
-        return {name.strip(): value.strip(' "') for name, _, value in pairs if name.strip()}
+        return {key: value.strip(" \t").strip('"') for name, _, value in pairs
+                if (key := name.strip(" \t"))}
 
     def members(self, name: str) -> list[str]:
         """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
@@ -301,17 +483,22 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
+        The body of a GET says nothing (RFC 9110, 9.3.1).
         Raises HTTPError 400 for what cannot be read. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not self.body or self.method == "GET":
+            kind = ""
         try:
             found: dict[str, Any] = dict(_parse_form(self.query) if self.query else ())
             if kind == "application/x-www-form-urlencoded":
+                if _NOT_IN_A_FORM.search(self.body):
+                    raise HTTPError(400, "A form is ASCII, with % only before two digits")
                 found.update(_parse_form(self.body.decode()))
-            elif self.body and (kind == "application/json" or kind.endswith("+json")):
-                payload = _decoder.decode(self.body.decode())
+            elif kind == "application/json" or kind.endswith("+json"):
+                payload = load_json(self.body.decode())
                 found.update(payload if isinstance(payload, dict) else {}, payload=payload)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise HTTPError(400, "The parameters cannot be read") from None
         return found
 
@@ -329,11 +516,11 @@ class Response:
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
         if isinstance(body, str):
-            self.body, kind = body.encode(), "text/html; charset=utf-8"
+            self.body, kind = to_utf8(body), "text/html; charset=utf-8"
         elif isinstance(body, (bytes, bytearray, memoryview)):
             self.body, kind = bytes(body), "application/octet-stream"
         else:
-            self.body, kind = dump_json(body, json_default).encode(), "application/json"
+            self.body, kind = to_utf8(dump_json(body, json_default)), "application/json"
         given: Any = headers or ()
         pairs = list(given.items() if hasattr(given, "items") else given)
         if self.body and "content-type" not in [name.lower() for name, _ in pairs]:
@@ -365,54 +552,65 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
     What two readers might understand differently is refused, never repaired.
     """
-    def take(size: int) -> Any:
-        while len(buffer) < size:
-            yield b""
-        part = bytes(buffer[:size])
-        del buffer[:size]
-        return part
-
     def until(end: bytes, limit: int, status: int) -> Any:
-        """Take the text before `end`. Raises 431 past the limit, or `status` if it is one line."""
+        """Wait for `end`; return where it is. Raises 431 past the limit, or `status` on one line.
+        """
         seen = 0
         while (at := buffer.find(end, seen, limit)) < 0:
             if _BAD_LINE_END.search(buffer, seen, limit):
                 raise HTTPError(400, "Bad line ending")
             if len(buffer) >= limit:
-                raise HTTPError(431 if b"\n" in buffer[:limit] else status)
+                begin = bytes(buffer[:limit])
+                raise HTTPError(431 if b"\n" in begin else status if b" " in begin else 400)
             seen = max(len(buffer) - 3, 0)  # `end` may have begun there
             yield b""
-        return (yield from take(at)).decode("latin-1")
+        return at
 
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        size = -1
+        at, end, size, count = 0, 0, -1, 0
         while size:
-            match = _CHUNK_SIZE.fullmatch((yield from until(b"\r\n", 256, 400)))
+            count += 1
+            if count > 1000 + len(body) // 16:  # the work is in their number
+                raise HTTPError(400, "Too many tiny chunks")
+            end = buffer.find(b"\r\n", at, at + 256)
+            if end < 0:
+                del buffer[:at]
+                at, end = 0, (yield from until(b"\r\n", 256, 400))
+            match = _CHUNK_SIZE.fullmatch(bytes(buffer[at:end]))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
             if size:
-                chunk = yield from take(2 + size + 2)  # with the line ends around it
-                if not chunk.endswith(b"\r\n"):
+                start = end + 2
+                if len(buffer) < start + size + 2:
+                    del buffer[:start]
+                    start = 0
+                    while len(buffer) < size + 2:
+                        yield b""
+                at = start + size + 2
+                if buffer[at - 2:at] != b"\r\n":
                     raise HTTPError(400, "Bad chunk")
-                body += chunk[2:-2]
-        if not _FIELDS.fullmatch((yield from until(b"\r\n\r\n", settings.max_header_size, 431))):
+                body += buffer[start:at - 2]
+        del buffer[:end]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 431)
+        if not _FIELDS.fullmatch(buffer[:end].decode("latin-1")):
             raise HTTPError(400, "Bad trailer")
-        del buffer[:4]
+        del buffer[:end + 4]
         return bytes(body)
 
-    while True:
+    def request() -> Any:
+        """Take a request."""
         while bytes(buffer[:2]) in (b"", b"\r", b"\r\n"):  # RFC 9112, 2.2: empty lines
             if len(buffer) < 2:
                 yield None
             else:
                 del buffer[:2]
-        request = Request((yield from until(b"\r\n\r\n", settings.max_header_size, 414)))
-        del buffer[:4]
+        end = yield from until(b"\r\n\r\n", settings.max_header_size, 414)
+        request = Request(buffer[:end].decode("latin-1"))
         length = request.headers.get("content-length", "0")
         chunked = "transfer-encoding" in request.headers
         if not _LENGTH.fullmatch(length):
@@ -426,12 +624,24 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         size = int(length)
         if size > settings.max_body_size:
             raise HTTPError(413)
+        if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
+            raise HTTPError(400, "HEAD has no body")
+        del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
         if size or chunked:
             expect = request.headers.get("expect", "").lower()
             if expect == "100-continue" and not (request.http_1_0 or buffer):
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
-            request.body = yield from chunks() if chunked else take(size)
-        yield request
+        if chunked:
+            request.body = yield from chunks()
+        elif size:
+            while len(buffer) < size:
+                yield b""
+            request.body = bytes(buffer[:size])
+            del buffer[:size]
+        return request
+
+    while True:
+        yield (yield from request())  # and nothing of it stays here
 
 
 # ---------------------------------------------------------------------------------- websocket
@@ -448,6 +658,8 @@ _PARAMETER = re.compile(r"\s*((?:server|client)_(?:no_context_takeover|max_windo
 # What RFC 7692, 7.2.2 puts behind a message, and an empty final block: if that is not understood
 # as such, the message ended in the middle of a block.
 _DEFLATE_TAIL = b"\0\0\xff\xff" b"\1\0\0\xff\xff"
+_TOO_LONG = (1009, "message too long (config.max_message_size)")
+_CREDIT = 64 * 1024  # bytes that one client's messages may inflate to, however little arrived
 _BLOCK = 4096  # XOR of large integers is quickest in pieces that stay in the nearest cache
 _from_bytes = int.from_bytes  # looking it up takes nearly as long as calling it
 
@@ -488,7 +700,8 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
     """The answer to the first offer that can be met, and the server's window bits; or ("", 0).
 
     Neither side takes over context (RFC 7692, 7.1.1): an idle client then costs no zlib state,
-    and a broadcast is deflated once for all. An offer with a parameter that is unknown, repeated
+    and a broadcast is deflated once for all. So that it is not deflated for each window size, who
+    asks for a smaller one gets the smallest. An offer with a parameter that is unknown, repeated
     or out of range is declined (7.1), and so is a server window of 8 bits: zlib has none.
     """
     for offer in header.split(","):
@@ -497,6 +710,8 @@ def negotiate_deflate(header: str) -> tuple[str, int]:
         bits = found.get("server_max_window_bits", "15")
         if (name.strip().lower() == "permessage-deflate" and len(found) == len(parts)
                 and bits not in (None, "8")):
+            if bits != "15":
+                found["server_max_window_bits"] = bits = "9"
             agreed = "permessage-deflate; server_no_context_takeover; client_no_context_takeover"
             return agreed + "".join(f"; {k}={v}" for k, v in found.items() if v), int(bits)
     return "", 0
@@ -522,33 +737,47 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_final", "_head", "_inflate", "_left", "_mask", "_max", "_message", "frames",
-                 "more", "unfinished")
+    __slots__ = ("_credit", "_final", "_inflated", "_left", "_mask", "_max", "_max_inflation",
+                 "_message", "_rest", "frames", "more")
 
-    def __init__(self, max_message_size: int, inflate: bool = False) -> None:
-        """`inflate`: was permessage-deflate agreed on?"""
-        self._max, self._inflate = max_message_size, inflate
+    def __init__(self, max_message_size: int, max_inflation: int = 0) -> None:
+        """`max_inflation`: see Config; 0: permessage-deflate was not agreed on."""
+        self._max, self._max_inflation = max_message_size, max_inflation
         self.frames = 0  # how many were begun
-        self.unfinished = 0  # the size of the frame that has not fully arrived; 0: there is none
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
         # What waits: part of a header, part of a control frame, or `more`. None: it is over.
-        self._head: bytes | None = b""
+        self._rest: bytes | None = b""
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
+        self._inflated = 0  # bytes, by this call of receive()
+        self.refill()
+
+    def refill(self) -> None:
+        """From time to time, messages may inflate by more than `max_inflation`, together so far."""
+        self._credit = _CREDIT
+
+    def unfinished(self) -> tuple[int, int]:
+        """The number of the frame that began what has not fully arrived, and how much of it has.
+
+        (0, 0): nothing was begun. What arrived of control frames inside of a message is not told.
+        """
+        if self._message:
+            return self._message.number, self._message.arrived
+        return (self.frames + 1, len(self._rest)) if self._rest else (0, 0)
 
     def receive(self, data: bytes) -> list[Event]:
         """Take bytes from the peer, and return what they complete."""
         events: list[Event] = []
-        if self._head is None:
+        if self._rest is None:
             return events
-        data = self._head + data
+        data = self._rest + data
         at, end = 0, len(data)
-        self.more = False
+        self._inflated = 0
         most = self.frames + 1000  # of tiny frames a chunk holds tens of thousands
         try:
             if self._message and self._left:
                 at = self._payload(self._message, data, 0, events)
-            while end - at >= 2 and self.frames < most and not self.more:
+            while end - at >= 2 and self.frames < most and self._inflated < _CREDIT:
                 size = data[at + 1] - 128
                 start = at + 6
                 # The common frame: a short text message, masked and in one piece.
@@ -562,17 +791,19 @@ class FrameReader:
                     if stop == at:
                         break
                     at = stop
+            self.more = at < end and (self.frames == most or self._inflated >= _CREDIT)
         except ProtocolError as error:
             events.append((FAIL, error.args))
         except (UnicodeDecodeError, zlib.error) as error:
             events.append((FAIL, (1007, str(error))))
-        self.more = at < end and (self.more or self.frames == most)
-        self._head = data[at:]
-        if not self._left:
-            self.unfinished = len(self._head)
+        self._rest = data[at:]
         if events and events[-1][0] in (FAIL, CLOSE):
-            self._head, self._message, self.unfinished, self.more = None, None, 0, False
+            self.stop()
         return events
+
+    def stop(self) -> None:
+        """Ignore all that comes, and let go of what came."""
+        self._rest, self._message, self.more = None, None, False
 
     def _frame(self, data: bytes, at: int, events: list[Event]) -> int:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
@@ -580,7 +811,7 @@ class FrameReader:
         opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
         if data[at + 1] < 128:
             raise ProtocolError(1002, "frame not masked")
-        if first & 0x70 and not (compressed and self._inflate and opcode in (TEXT, BINARY)):
+        if first & 0x70 and not (compressed and self._max_inflation and opcode in (TEXT, BINARY)):
             raise ProtocolError(1002, "reserved bit set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
             raise ProtocolError(1002, "reserved opcode")
@@ -600,9 +831,12 @@ class FrameReader:
             return at  # too little; it is looked at again when there is more
         self.frames += 1
         self._mask = data[start - 4:start]
-        if opcode < CLOSE and not (message.inflater if message else compressed):
-            if length + (message.size if message else 0) > self._max:
-                raise ProtocolError(1009, "message too long")
+        if opcode < CLOSE:
+            most = self._max
+            if message.inflater if message else compressed:
+                most += most // 8 + 1024  # what deflate cannot shrink it may lengthen
+            if length + (message.arrived if message else 0) > most:
+                raise ProtocolError(*_TOO_LONG)
         if opcode and final and not compressed and stop <= len(data):  # all in one piece
             payload = unmask(data[start:stop], self._mask)
             if opcode == CLOSE:
@@ -613,9 +847,9 @@ class FrameReader:
                 return len(data)
             events.append((opcode, payload.decode() if opcode == TEXT else payload))
             return stop
-        self._message = message or _Message(opcode, compressed, self._max)
+        self._message = message or _Message(opcode, compressed, self.frames)
         self._final = final
-        self._left = self.unfinished = length
+        self._left = length
         return self._payload(self._message, data, start, events)
 
     def _payload(self, message: _Message, data: bytes, start: int, events: list[Event]) -> int:
@@ -623,28 +857,38 @@ class FrameReader:
         part = data[start:start + self._left]
         self._left -= len(part)
         last = self._final and not self._left
-        whole = message.add(unmask(part, self._mask), last)
+        message.arrived += len(part)
+        credit = self._credit + self._max_inflation * message.arrived
+        before = message.size
+        whole = message.add(unmask(part, self._mask), last, self._max, credit)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
+        if message.inflater:
+            self._inflated += message.size - before
         if last:
+            if message.inflater:
+                self._credit = min(credit - message.size, _CREDIT)
             events.append((message.opcode, whole))
             self._message = None
-            self.more = bool(message.inflater)  # a chunk can hold hundreds of bombs: one at a time
         return start + len(part)
 
 
 class _Message:
     """A text or binary message of which not everything has arrived."""
 
-    def __init__(self, opcode: int, compressed: bool, max_size: int) -> None:
-        self.opcode, self.max_size = opcode, max_size
-        self.size = self.final_blocks = 0
-        self.parts: list[Any] = []  # of str, if it is text, or of bytes
-        self.join: Any = ("" if opcode == TEXT else b"").join
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-        self.inflater: Any = zlib.decompressobj(-15) if compressed else None
+    __slots__ = ("_body", "_decoder", "_final_blocks", "arrived", "inflater", "number", "opcode",
+                 "size")
 
-    def add(self, data: bytes, last: bool) -> Any:
-        """Inflate, within the greatest size, and check; return the message after its last part."""
+    def __init__(self, opcode: int, compressed: bool, number: int) -> None:
+        """`number` is that of its first frame."""
+        self.opcode, self.number = opcode, number
+        self.arrived = self.size = 0  # bytes, before and after they are inflated
+        self.inflater: Any = zlib.decompressobj(-15) if compressed else None
+        self._final_blocks = 0
+        self._body = bytearray()  # text, too: as str it could take four times as much
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def add(self, data: bytes, last: bool, most: int, credit: int) -> Any:
+        """Inflate, within both limits, and check; return the message after its last part."""
         if last and self.inflater:
             data += _DEFLATE_TAIL
         while data:
@@ -652,27 +896,33 @@ class _Message:
             if self.inflater:
                 if self.inflater.eof:  # a final block that is not the last: RFC 7692, 7.2.3.4
                     self.inflater = zlib.decompressobj(-15)
-                    self.final_blocks += 1
-                    if self.final_blocks > 16:  # a flood of them would take long
+                    self._final_blocks += 1
+                    if self._final_blocks > 16:  # a flood of them would take long
                         raise ProtocolError(1007, "too many final blocks")
-                part = self.inflater.decompress(part, self.max_size - self.size + 1)
+                part = self.inflater.decompress(part, min(most, credit) - self.size + 1)
                 data = self.inflater.unused_data
             self.size += len(part)
-            if self.size > self.max_size:
-                raise ProtocolError(1009, "message too long")
-            self.parts.append(self.decoder.decode(part) if self.opcode == TEXT else part)
-            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
-            # (ED A0 to ED BF) only at their third.
-            if b"\xed\xa0" <= self.decoder.getstate()[0] < b"\xee":
-                raise ProtocolError(1007, "text is not UTF-8")
-        if len(self.parts) > 1000:  # of tiny fragments each costs 60 bytes
-            self.parts = [self.join(self.parts)]
+            if self.size > most:
+                raise ProtocolError(*_TOO_LONG)
+            if self.inflater and self.size > credit:
+                raise ProtocolError(1009, "inflates too much (config.max_inflation)")
+            self._body += part
+            if self.opcode == TEXT and (data or not last):  # else it is decoded at once
+                self._check(part)
         if not last:
             return None
         if self.inflater and not self.inflater.eof:
             raise ProtocolError(1007, "deflate data cut short")
-        self.decoder.decode(b"", True)
-        return self.join(self.parts)
+        return self._body.decode() if self.opcode == TEXT else bytes(self._body)
+
+    def _check(self, part: bytes) -> None:
+        """Raises UnicodeDecodeError or ProtocolError for what is not UTF-8."""
+        if not part.isascii() or self._decoder.getstate()[0]:
+            self._decoder.decode(part)
+            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
+            # (ED A0 to ED BF) only at their third.
+            if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
+                raise ProtocolError(1007, "text is not UTF-8")
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
@@ -695,70 +945,30 @@ def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes
     return encode_frame(opcode, body)
 
 
-# ----------------------------------------------------------------------------------- messages
+class _NoPayload:
+    def __repr__(self) -> str:
+        return "<none>"  # in pydoc
 
 
-class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told. Example: raise ChannelError("Full")"""
-
-
-# int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
-# 4,300 digits, whose cost is quadratic; old Pythons have to be told.
-_decoder = json.JSONDecoder(
-    parse_constant=int, parse_int=None if hasattr(sys, "set_int_max_str_digits") else
-    lambda text: int(text if len(text) <= 4300 else ""))
-_json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
-_encoder = _json()
-_quote = _encoder.encode
-
-
-def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON as JavaScript's own makes it: NaN and the infinities become null.
-
-    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
-    """
-    encoder = _encoder if default is None else _json(default=default)
-    try:
-        text = encoder.encode(value)
-        if "NaN" in text or "Infinity" in text:  # or a string has the word, and stays as it is
-            text = _quote(json.loads(text, parse_constant=lambda name: None))
-        return text
-    except RecursionError:
-        raise ValueError("the payload is circular or nested too deep") from None
-    except TypeError as error:
-        raise TypeError(f"{error}: set config.json_default to what converts it") from None
-
-
-def read_envelope(data: str | bytes) -> dict[str, Any] | None:
-    """The JSON object with a "channel" that this is, or None."""
-    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
-    if text[:1] != "{":
-        return None
-    try:
-        envelope, end = _decoder.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
-        return None
-    return envelope  # type: ignore[no-any-return]
+_NO_PAYLOAD: Any = _NoPayload()  # None is one: null
 
 
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
 
     def __init__(self, settings: Config, channel: str, message: str | bytes,
-                 payload: Any = None) -> None:
+                 payload: Any = _NO_PAYLOAD) -> None:
         """Raises TypeError or ValueError for what cannot be sent."""
         self._opcode, self._threshold = TEXT, settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
         if isinstance(message, str):
             body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
-            if payload is not None:
+            if payload is not _NO_PAYLOAD:
                 body += f',"payload":{dump_json(payload, settings.json_default)}'
-            enveloped = f"{body}}}".encode()
+            enveloped = to_utf8(f"{body}}}")
             # Without the subprotocol a plain string travels as it is.
-            self._bodies = (message.encode() if payload is None else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is None:
+            self._bodies = (to_utf8(message) if payload is _NO_PAYLOAD else enveloped, enveloped)
+        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is _NO_PAYLOAD:
             self._opcode, self._bodies = BINARY, (bytes(message),) * 2
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
@@ -772,8 +982,11 @@ class Push:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
         if frame is None:
-            frame = self._frames[dialect] = encode_message(
-                self._opcode, self._bodies[dialect[0]], dialect[1], self._threshold)
+            body, bits = self._bodies[dialect[0]], dialect[1]
+            same = (body is self._bodies[True], bits)  # with a payload, both dialects are one
+            frame = self._frames.get(same) or encode_message(
+                self._opcode, body, bits, self._threshold)
+            self._frames[same] = self._frames[dialect] = frame
         return frame
 
 
@@ -783,14 +996,21 @@ def check_size(settings: Config, body: bytes) -> None:
         raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
 
 
-# ------------------------------------------------------------------------------------ clients
+# -------------------------------------------------------------------------------- connections
 
 # Where a message came from: the channel, the message and the ref, which the reply will have.
 Origin = tuple[str, str, Any]
-_READ_AHEAD = 64 * 1024  # bytes taken while a handler is busy, before reading stops
+_READ_AHEAD = 64 * 1024  # bytes taken while something must wait, before reading stops
+_PIECE = 128 * 1024  # bytes of a long answer that are handed to the transport at once
 _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
+_LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
+_TURN = 0.001  # seconds for which a connection goes on before it stands in line
+_LONG = 0.01  # seconds: after what took longer, the line stands still for as long
+_LARGE = 8192  # bytes: what is larger may take long, and stands in line at once
+# From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
+_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 # What the handler that is running may ask for.
-_params: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+_params: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
     "webchannels_params", default=None)
 
 
@@ -809,12 +1029,268 @@ def half_close(transport: Any) -> bool:
     """Send no more, but read on: a reset could overtake what was sent. False: TLS cannot."""
     possible = bool(transport.can_write_eof())
     if possible:
-        with contextlib.suppress(OSError):  # the peer is gone already
+        with contextlib.suppress(OSError, RuntimeError):  # the peer is gone already
             transport.write_eof()
     return possible
 
 
-class ChannelClient(asyncio.Protocol):
+class Connection(asyncio.Protocol):
+    """What an HTTP connection and a WebSocket share.
+
+    Its two halves are `_done` (we have sent our last) and `_peer_done` (the peer has). It is
+    `_behind` while the peer must read first, and lost when it has no `_transport` any more.
+    """
+
+    __slots__ = ("_app", "_behind", "_deadline", "_done", "_in_line", "_peer_done", "_reading",
+                 "_task", "_transport", "_writer", "__weakref__")
+
+    def __init__(self, app: WebChannels) -> None:
+        self._app = app
+        self._transport: Any = None  # an asyncio.Transport, while there is one
+        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
+        self._done = self._peer_done = self._behind = self._in_line = False
+        self._reading = True
+        self._task: asyncio.Future[None] | None = None  # the handler that is awaited
+        self._deadline = math.inf  # when what has begun must be over, by time.monotonic()
+
+    def _wait(self, seconds: float, size: int = 0) -> None:
+        """Set when the sweep will end what is waited for, which is of `size` bytes."""
+        self._deadline = time.monotonic() + seconds + size / _SLOWEST
+
+    def _read(self, wanted: bool) -> None:
+        if self._transport and wanted != self._reading:
+            self._reading = wanted
+            (self._transport.resume_reading if wanted else self._transport.pause_reading)()
+
+    def pause_writing(self) -> None:
+        """The transport is full."""
+        self._behind = True
+
+    def resume_writing(self) -> None:
+        """The transport has room again."""
+        self._behind = False
+        self._app._soon(self._work)  # later: it may close the transport, which is writing now
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._transport = self._writer = None
+        self._peer_done, self._behind = True, False
+        self._app._freed = True
+        self._wait(self._app.config.abandoned_timeout)
+
+    def _abandon(self) -> None:
+        """The peer has left, and its handler did not end: cancel it, and let go of it."""
+        task, self._task = self._task, None
+        if task:
+            logger.info("%r has left: its handler is cancelled", self)
+            self._app._cancel(task)
+
+    def _work(self, my_turn: bool = False) -> None:
+        """Go on with what has arrived, until something must be waited for."""
+        raise NotImplementedError
+
+    def _shut(self) -> None:
+        """The server goes down: end, after what has begun."""
+        raise NotImplementedError
+
+    def _check(self, now: float, seconds: float) -> None:
+        """The sweep asks, `seconds` after the last time: is anything over its deadline?"""
+        raise NotImplementedError
+
+
+class HTTPConnection(Connection):
+    """A connection, from its first byte to its end, or until it becomes a WebSocket."""
+
+    __slots__ = ("_address", "_begun", "_buffer", "_hungry", "_requests", "_unsent")
+
+    def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
+        super().__init__(app)
+        self._writer, self._transport = writer, writer.transport
+        peer = self._transport.get_extra_info("peername")
+        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
+        self._buffer = bytearray()
+        self._requests = read_requests(self._buffer, app.config)
+        self._hungry = True  # does it wait for more bytes?
+        self._begun = False  # a part of a request is here
+        self._unsent: bytes | memoryview = b""  # the rest of an answer
+        full = len(app._http) >= app.config.max_clients
+        app._http.add(self)
+        self._wait(app.config.keep_alive_timeout)
+        if app._ssl and full:
+            self._gone()
+            self._transport.abort()
+        elif app._ssl:
+            self._done = True  # nothing is answered yet
+            self._task = asyncio.ensure_future(self._secure(app._ssl))
+        else:
+            self._transport.set_protocol(self)
+        if full:
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
+
+    def __repr__(self) -> str:
+        return f"<HTTPConnection {self._address}>"
+
+    async def _secure(self, context: ssl_module.SSLContext) -> None:
+        """Shake hands. (If the server did it, connections without a handshake were not counted.)"""
+        loop, settings = asyncio.get_running_loop(), self._app.config
+        self._deadline = math.inf
+        try:
+            self._transport = await loop.start_tls(
+                self._transport, self, context, server_side=True,
+                ssl_handshake_timeout=settings.handshake_timeout)
+        except Exception as error:  # event loops differ in which
+            logger.info("no TLS handshake with %s: %s", self._address, error)
+            self._transport = None
+        self._task = None
+        if self._transport is None or self._peer_done:
+            self._gone()
+        else:
+            self._done = False
+            self._wait(settings.keep_alive_timeout)
+            self._work()
+
+    def data_received(self, data: bytes) -> None:
+        if self._done and not self._task:
+            return
+        self._buffer += data
+        self._deadline += len(data) / _SLOWEST
+        self._work()
+        if not self._hungry and len(self._buffer) > _READ_AHEAD:
+            self._read(False)
+
+    def eof_received(self) -> bool:
+        self._peer_done = True  # what the peer asked for before is still answered
+        if self._task:
+            self._wait(self._app.config.abandoned_timeout)
+        self._work()
+        return not self._done and bool(self._transport.can_write_eof())  # TLS cannot
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        super().connection_lost(exc)
+        self._done = True
+        self._buffer.clear()
+        self._unsent = b""
+        if not self._task:
+            self._gone()
+
+    def _gone(self) -> None:
+        """It no longer counts against config.max_clients."""
+        self._done = True
+        self._app._http.discard(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._send()
+
+    def _work(self, my_turn: bool = False) -> None:
+        """Answer the next request, if it has arrived and the peer reads its answers."""
+        if self._task or self._behind or self._unsent or self._done or self._in_line:
+            return
+        if self._app._stopping and not self._begun:
+            self._end()
+            return
+        if len(self._buffer) > _LARGE and not (my_turn or self._app._take_turn()):
+            self._hungry = False
+            self._app._line_up(self)
+            return
+        try:
+            found = next(self._requests)
+        except HTTPError as error:
+            self._refuse(error)
+            return
+        self._hungry = not isinstance(found, Request)
+        if isinstance(found, Request):
+            found.address = self._address
+            self._begun, self._deadline = False, math.inf
+            if self._peer_done:
+                self._wait(self._app.config.abandoned_timeout)
+            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
+            self._task = None if task.done() else task
+        elif self._peer_done:
+            self._end()
+        else:
+            self._read(True)
+            if found is not None:
+                self._transport.write(found)
+                if not self._begun:
+                    self._begun = True
+                    self._wait(self._app.config.handshake_timeout, len(self._buffer))
+
+    async def _answer(self, request: Request) -> None:
+        """Send the answer, or become a WebSocket."""
+        answer = await self._app._answer(request, self)
+        if self._done:  # the peer is gone
+            self._task = None
+            self._gone()
+            return
+        self._task = None
+        settings = self._app.config
+        upgraded = isinstance(answer, ChannelClient)
+        if upgraded and self._peer_done:
+            self._gone()
+            self._transport.abort()
+        elif upgraded and (self._app._stopping
+                           or len(self._app._sockets) >= settings.max_clients):
+            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
+        elif isinstance(answer, ChannelClient):
+            self._gone()  # as an HTTP connection: what is still due does nothing
+            answer._attach(self._writer, self._transport, self._reading)
+            answer.data_received(bytes(self._buffer))  # it arrived behind the request
+        else:
+            last = (request.http_1_0 or self._app._stopping
+                    or "close" in request.members("connection"))  # RFC 9112, 9.3
+            self._unsent = memoryview(answer.encode(request.method == "HEAD", last))
+            self._done = last
+            self._send()
+            if self._buffer or self._peer_done or not self._reading:
+                self._app._line_up(self)  # not now: others have their turn
+
+    def _send(self) -> None:
+        """Send of the answer what the peer has room for: it must go on reading."""
+        while self._unsent and not (self._behind or self._transport.is_closing()):
+            piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
+            self._wait(self._app.config.handshake_timeout, len(piece))
+            self._transport.write(piece)
+        if not self._unsent:
+            self._unsent = b""  # an empty view holds all of it
+            if self._done:
+                self._transport.close()
+            elif not (self._behind or self._begun):
+                self._wait(self._app.config.keep_alive_timeout)
+
+    def _refuse(self, error: HTTPError) -> None:
+        logger.warning("refused %s: %s", self._address, error)
+        self._begun, self._done = False, True
+        self._wait(_LINGER)
+        self._transport.write(error.response.encode(self._buffer.startswith(b"HEAD "), close=True))
+        if not half_close(self._transport):
+            self._transport.close()
+
+    def _end(self) -> None:
+        self._done = True
+        self._transport.close()
+
+    def _shut(self) -> None:
+        if self._done and self._task and self._transport:  # a TLS handshake
+            self._transport.abort()
+        self._work()
+
+    def _check(self, now: float, seconds: float) -> None:
+        if now < self._deadline or self._in_line:
+            return
+        if self._task:
+            self._abandon()
+            self._done = True
+        if self._transport is None:
+            self._gone()
+        elif self._behind or self._done:
+            self._transport.abort()
+        elif self._begun:
+            self._refuse(HTTPError(408))
+        else:
+            self._end()
+
+
+class ChannelClient(Connection):
     """A browser, or whatever else opened a WebSocket.
 
     `.id`: str, unlike every other's, also of other processes. `.address`: the peer's IP address.
@@ -823,27 +1299,24 @@ class ChannelClient(asyncio.Protocol):
     Example: def who(client: ChannelClient): return client.address
     """
 
-    __slots__ = ("_app", "_behind", "_closing", "_corked", "_deadline", "_dialect", "_ended",
-                 "_frame_mark", "_frames", "_heard", "_held", "_pending", "_pinged", "_queue",
-                 "_queued", "_reading", "_since", "_task", "_transport", "_writer", "address",
-                 "channels", "connected", "data", "id", "request")
+    __slots__ = ("_begun", "_corked", "_dialect", "_frames", "_held", "_pending", "_queue",
+                 "_queued", "_silence", "address", "channels", "connected", "data", "id",
+                 "request")
 
     def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
                  head: bytes) -> None:
-        self._app, self._dialect = app, dialect
+        super().__init__(app)
+        self._dialect = dialect
         self.id = secrets.token_hex(8)
         self.request, self.address = request, request.address
         self.channels: set[str] = set()
         self.data: dict[Any, Any] = {}
         self.connected = False
-        self._transport: Any = None  # an asyncio.Transport, once the handshake is over
-        self._writer: asyncio.StreamWriter | None = None  # its finaliser closes the transport
         # Incoming: events that wait for the handler before them.
-        self._frames = FrameReader(app.config.max_message_size, inflate=dialect[1] > 0)
-        self._pending: collections.deque[Event] = collections.deque()
-        self._task: asyncio.Future[None] | None = None  # the handler that is awaited
+        self._frames = FrameReader(app.config.max_message_size,
+                                   app.config.max_inflation if dialect[1] else 0)
+        self._pending: list[Event] = []
         self._held = 0  # bytes that arrived meanwhile
-        self._reading = True
         # Outgoing: frames stay here while messages are handled (they are then written at once),
         # and while the transport is full (here they can be counted), or not there yet.
         self._queue: list[bytes] = [head]
@@ -851,32 +1324,29 @@ class ChannelClient(asyncio.Protocol):
         self._corked = False
         self._behind = True
         # Life and death. The sweep looks at these.
-        self._heard = True
-        self._since = 0.0  # when the sweep last found that something had been heard
-        self._pinged = False
-        self._frame_mark = (-1, 0.0)  # the unfinished frame that the sweep saw first, and when
-        self._closing = False  # a Close frame was sent, or never will be
-        self._ended = False  # the peer sends no more
-        self._deadline = math.inf  # when the connection is cut, if it is not over by then
+        self._silence = 0.0  # seconds for which nothing was heard, while we listened
+        self._begun = 0  # the frame that began what the deadline is for
 
     def __repr__(self) -> str:
         return (f"<ChannelClient {self.id} {self.address} "
                 f"{'connected' if self.connected else 'disconnected'} {sorted(self.channels)}>")
 
-    def send(self, message: str | bytes, payload: Any = None, *,
+    def send(self, message: str | bytes, payload: Any = _NO_PAYLOAD, *,
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
 
-        `channel` is the one that the page sees: by default that of the message being handled, or
-        `config.default_channel`. Raises TypeError or ValueError for what cannot be sent, and
-        TimeoutError as `broadcast()` does. Example: client.send("tick", {"n": 1})
+        With a `payload`, None too, the page's handler for the message gets it; without, a plain
+        text goes to parse_payload. `channel` is the one that the page sees: by default that of the
+        message being handled, or `config.default_channel`. Raises TypeError or ValueError for what
+        cannot be sent, and TimeoutError as `broadcast()` does.
+        Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
         if channel is None and given.get("client") is self:
             channel = given.get("channel")
         settings = self._app.config
         push = Push(settings, channel or settings.default_channel, message, payload)
-        there = self.connected or not self._transport
+        there = not (self._done or self._peer_done)
         if self._app._here():
             return there and self._push(push)
         return there and self._app._give(functools.partial(self._push, push), push.size())
@@ -893,89 +1363,93 @@ class ChannelClient(asyncio.Protocol):
             raise ValueError(f"not a close code and reason: {code!r} {reason!r}")
         self._close(code, reason)
 
-    def _attach(self, writer: asyncio.StreamWriter) -> None:
+    def _attach(self, writer: asyncio.StreamWriter | None, transport: Any, reading: bool) -> None:
         """Take over the connection: from now on its bytes are frames."""
         self._app._sockets[self] = None
-        self.connected = not self._closing  # by on_connect
-        self._writer = writer
-        self._transport = writer.transport
-        self._transport.set_protocol(self)
+        self.connected = not self._done  # by on_connect
+        self._writer, self._transport, self._reading = writer, transport, reading
+        transport.set_protocol(self)
         self.resume_writing()
-        self._transport.resume_reading()
+        self._read(True)
 
     # What the transport calls.
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._corked = True  # pongs leave together
+        self._silence = 0.0
+        self._take(data)
+        self._work()
+        if self._pending or self._frames.more:
+            self._held += len(data)
+            if self._held > _READ_AHEAD or self._frames.more:
+                self._read(False)
+
+    def _take(self, data: bytes) -> None:
+        """Answer pings, also while a handler is busy; what is to be handled goes to `_pending`."""
+        self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
                 self._write(encode_frame(PONG, event[1]))
             elif kind == TEXT and not event[1] and self._dialect[0]:
-                self._write(encode_frame(TEXT, b""))  # a keep-alive, also while a handler is busy
+                self._write(encode_frame(TEXT, b""))  # a keep-alive
             elif kind != PONG:
                 self._pending.append(event)
                 if kind == CLOSE:
-                    self._ended = True
+                    self._peer_done = True
                     self._leave()
-        self._work()
-        if self._pending or self._frames.more:
-            self._held += len(data)
-            if self._held > _READ_AHEAD or self._frames.more:
-                self._reading = False
-                self._transport.pause_reading()
 
     def eof_received(self) -> bool:
         """The peer sends no more; what it asked for before is still answered."""
-        self._ended = True
+        self._peer_done = True
         self._leave()
-        self._deadline = time.monotonic() + self._app.config.handshake_timeout
         self._work()
         # TLS has no half-closed connections.
         return not self._transport.is_closing() and bool(self._transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._writer = None  # it is large, and disconnected_clients() may list this for a while
-        self._behind = False
+        super().connection_lost(exc)
         self._leave()
         self._work()  # what arrived before is handled still
 
-    def pause_writing(self) -> None:
-        """The transport is full."""
-        self._behind = True
-
     def resume_writing(self) -> None:
-        """The transport has room again."""
-        self._behind = False
+        super().resume_writing()
         self._flush()
-        self._app._soon(self._work)  # later: it may close the transport, which is writing now
 
     # Messages are handled in order.
 
-    def _work(self) -> None:
+    def _work(self, my_turn: bool = False) -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
+        pending, ends = self._pending, 0.0
         self._corked = True
-        pending = self._pending
         try:
-            for _ in range(256):  # then others have their turn
-                if not pending or self._task or self._behind:
+            if my_turn and self._frames.more and not pending:
+                self._take(b"")
+            while pending and not (self._task or self._behind or self._in_line):
+                kind, data = pending[0]
+                if (kind == TEXT or kind == BINARY) and len(data) > _LARGE and not (
+                        my_turn or self._app._take_turn()):
+                    self._app._line_up(self)
                     break
-                kind, data = pending.popleft()
+                del pending[0]
                 if kind == TEXT or kind == BINARY:
-                    if not self._closing:
+                    if not self._done:
                         self._app._message(self, data)
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s %s", self, *data)
                     self._close(*data)
                     self._flush()
-                    if not half_close(self._transport):  # RFC 6455, 7.1.7
-                        self._ended = True
+                    if self._transport and not half_close(self._transport):  # RFC 6455, 7.1.7
+                        self._peer_done = True
                 else:
                     self._close(*data)
                 if self._queued > _READ_AHEAD:
                     self._flush()
-            else:
-                self._app._soon(self._work)
+                if pending:
+                    now = time.monotonic()
+                    if not ends:
+                        ends = now + _TURN
+                    elif now > ends:
+                        self._app._line_up(self)
         finally:
             self._corked = False
             self._flush()
@@ -983,20 +1457,19 @@ class ChannelClient(asyncio.Protocol):
             return
         self._held = 0  # all that arrived is handled
         if self._frames.more:
-            self._app._soon(self.data_received, b"")
-        elif not self._writer:  # until now it counted against config.max_clients
-            self._app._sockets.pop(self, None)
-        elif self._ended:
+            self._app._line_up(self)
+        elif not self._transport:
+            self._gone()
+        elif self._peer_done:
             self._transport.close()
-        elif not self._reading:
-            self._reading = True
-            self._transport.resume_reading()
+        else:
+            self._read(True)
 
     # What is sent.
 
     def _push(self, push: Push) -> bool:
         self._write(push.frame(self._dialect))
-        return not self._closing
+        return not self._done
 
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
@@ -1015,21 +1488,24 @@ class ChannelClient(asyncio.Protocol):
             elif not (v1 or channel or message):
                 text = dump_json(result, settings.json_default)
             else:
-                name, payload = (result, None) if isinstance(result, str) else (message, result)
-                self._push(Push(settings, channel or settings.default_channel, name, payload))
+                pushed: Any = (result,) if isinstance(result, str) else (message, result)
+                self._push(Push(settings, channel or settings.default_channel, *pushed))
                 return
-        body = text.encode()
+        body = to_utf8(text)
         check_size(settings, body)
         self._write(encode_message(TEXT, body, bits, settings.compression_threshold))
 
     def _reply_later(self, origin: Origin, result: asyncio.Future[Any]) -> None:
         """Send what the handler will return; the client's other messages wait until then."""
         def done(result: asyncio.Future[Any]) -> None:
-            self._task = None
+            abandoned = self._task is not result
+            if not abandoned:
+                self._task = None
             try:
                 self._reply(origin, result.result())
             except BaseException as error:
-                self._fail(origin, error)
+                if not (abandoned and isinstance(error, asyncio.CancelledError)):
+                    self._fail(origin, error)
             self._work()
         self._task = result
         result.add_done_callback(done)
@@ -1046,32 +1522,34 @@ class ChannelClient(asyncio.Protocol):
             logger.info("%r: %s: %s", self, path, text)
         else:
             logger.error("the handler of %s failed", path, exc_info=error)
+        text = text[:8192]
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
             text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
-        self._write(encode_frame(TEXT, text.encode("utf-8", "replace")))
+        self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
+                                   self._app.config.compression_threshold))
 
     def _write(self, frame: bytes) -> None:
-        if self._closing:  # RFC 6455, 5.5.1: nothing follows a Close frame
+        if self._done:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
         if self._corked or self._behind:
             self._queue.append(frame)
             self._queued += len(frame)
             if not self._corked:
                 self._flush()
-        elif not self._transport.is_closing():  # and the queue is empty
+        elif self._transport and not self._transport.is_closing():  # and the queue is empty
             self._transport.write(frame)
 
     def _flush(self) -> None:
-        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._closing):
+        if self._behind and (self._queued <= self._app.config.max_send_buffer or self._done):
             return
         data = b"".join(self._queue)
-        del self._queue[0 if self._transport else 1:]  # the head of the 101 stays
+        del self._queue[0 if self._transport or self._peer_done else 1:]  # the 101's head stays
         self._queued = 0
         if self._behind:
             logger.warning("%r is more than config.max_send_buffer behind: closed", self)
             self._close(1013, "too slow")
-        elif data and not self._transport.is_closing():
+        elif data and self._transport and not self._transport.is_closing():
             self._transport.write(data)
 
     # The end.
@@ -1079,49 +1557,69 @@ class ChannelClient(asyncio.Protocol):
     def _leave(self) -> None:
         if self.connected:
             self.connected = False
+            self._wait(self._app.config.abandoned_timeout)
             self._app._left(self)
 
     def _close(self, code: int, reason: str) -> None:
         """Send the Close frame, if none was (RFC 6455, 7.1.2); the sweep cuts the deaf."""
-        if not self._closing:
+        if not self._done:
             payload = b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode()
             self._write(encode_frame(CLOSE, payload))
-            self._closing = True
-            self._deadline = time.monotonic() + self._app.config.handshake_timeout
+            self._done = True
         self._leave()
+        self._wait(self._app.config.handshake_timeout)
 
     def _shut(self) -> None:
-        """The server goes down: close after the handler that is running."""
         self._leave()
-        self._pending.clear()
-        self._pending.append((CLOSE, (1001, "server going down")))
+        self._pending[:] = [(CLOSE, (1001, "server going down"))]
         self._work()
 
     def _abort(self, why: str) -> None:
-        logger.info("%r dropped: %s", self, why)
-        self._transport.abort()
+        if self._transport:
+            logger.info("%r dropped: %s", self, why)
+            self._transport.abort()
 
-    def _check(self, now: float, settings: Config) -> None:
-        """Called by the sweep: is the peer alive, and does it finish what it began?"""
-        if not self._writer:
+    def _gone(self) -> None:
+        """It no longer counts against config.max_clients."""
+        self._frames.stop()
+        self._app._sockets.pop(self, None)
+
+    def _let_go(self) -> None:
+        """Of a client that has left, disconnected_clients() tells little: nothing large stays."""
+        self.request = Request("GET / HTTP/1.0")
+        self.request.address = self.address
+        room = 2048
+        for name in list(self.channels):
+            room -= 100 + len(name)
+            if room < 0:
+                self.channels.discard(name)
+
+    def _check(self, now: float, seconds: float) -> None:
+        settings = self._app.config
+        if not self.connected:
+            if now >= self._deadline:
+                if self._pending:
+                    logger.info("%r has left: %d messages are dropped", self, len(self._pending))
+                self._pending.clear()
+                self._abandon()
+                self._abort("it did not close in time")
+                self._gone()
             return
-        if self._heard or self._task and not self._reading:
-            self._heard = self._pinged = False
-            self._since = now
-        silent = now - self._since
-        size = self._frames.unfinished if self._reading else 0
-        frame = self._frames.frames if size else -1
-        if frame != self._frame_mark[0]:
-            self._frame_mark = (frame, now)
-        if now >= self._deadline:
-            self._abort("it did not close in time")
-        elif size and now - self._frame_mark[1] > settings.handshake_timeout + size / _SLOWEST:
-            self._close(1013, "frame not finished in time")
-        elif settings.ping_interval and silent >= settings.ping_interval + settings.ping_timeout:
-            self._abort("no answer to a ping")
-        elif settings.ping_interval and silent >= settings.ping_interval and not self._pinged:
-            self._pinged = True
-            self._write(encode_frame(PING, b""))
+        self._frames.refill()
+        begun, arrived = self._frames.unfinished() if self._reading else (0, 0)
+        if begun != self._begun:
+            self._begun = begun
+            self._wait(settings.handshake_timeout)
+        if begun and now >= self._deadline + arrived / _SLOWEST:
+            self._close(1013, "message not finished in time")
+        elif settings.ping_interval:
+            before, self._silence = self._silence, self._silence + seconds
+            if self._silence >= settings.ping_interval + settings.ping_timeout:
+                self._silence = 0.0
+                if self._reading:  # else it is we who do not listen
+                    self._abort("no answer to a ping")
+            elif before < settings.ping_interval <= self._silence:
+                self._write(encode_frame(PING, b""))
 
 
 # ---------------------------------------------------------------------------------------- bus
@@ -1216,7 +1714,8 @@ class RedisBus(Bus):
         if self._queue and self._ready and unsent < behind:
             self._writer.write(b"".join(self._queue))
             if self._dropped:
-                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped)
+                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped,
+                               extra=ALWAYS)
             self._queue.clear()
             self._held = self._dropped = 0
         if command:
@@ -1256,7 +1755,7 @@ class RedisBus(Bus):
                 self._write(b"PING")
             why = "no answer" if self._reading.cancelled() else self._reading.result()
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                           *self._where, why, self._limit)
+                           *self._where, why, self._limit, extra=ALWAYS)
             self._ready, pause = False, _RETRY / 8
             while not self._ready:
                 self._abort()
@@ -1267,7 +1766,7 @@ class RedisBus(Bus):
                     # What is held waits until the other processes are back, too.
                     await asyncio.wait([self._reading], timeout=2 * _RETRY)
                     self._ready = not self._reading.done()
-            logger.warning("Redis at %s:%d is back", *self._where)
+            logger.warning("Redis at %s:%d is back", *self._where, extra=ALWAYS)
             self._write()
 
     async def _read(self, reader: asyncio.StreamReader) -> str:
@@ -1307,15 +1806,14 @@ def _command(*words: bytes) -> bytes:
 
 # ---------------------------------------------------------------------------------------- app
 
+_MAX_OPEN = 10_000  # channels that anyone may subscribe to
+_TRIM = 1.0  # seconds from one time to the next that freed memory is given back
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 # What other threads hand over to the loop: see Handover.
 _AHEAD = 64 * 1024  # bytes; a thread that is so far ahead takes a nap with each call
 _NAP = 0.0005  # seconds
 _STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
 _HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
-_LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
-# From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
-_EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
@@ -1380,130 +1878,6 @@ class Handover:
         self.take()
 
 
-class HTTPConnection(asyncio.Protocol):
-    """A connection, from its first byte to its end, or until it becomes a WebSocket."""
-
-    def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
-        self._app = app
-        self._writer = writer  # its finaliser closes the transport
-        self.transport: Any = writer.transport
-        peer = self.transport.get_extra_info("peername")
-        self._address = str(peer[0]) if isinstance(peer, tuple) else ""
-        self._buffer = bytearray()
-        self._requests = read_requests(self._buffer, app.config)
-        self._begun = False  # a part of a request is here
-        self._behind = False  # the peer must read first
-        self._half_closed = False  # the peer sends no more
-        self._ended = False  # nothing more is answered
-        self.task: asyncio.Task[None] | None = None  # the answer that is awaited
-        self._wait(app.config.keep_alive_timeout)
-        app._http.add(self)
-        self.transport.set_protocol(self)
-        if len(app._http) > app.config.max_clients:
-            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-
-    def _wait(self, seconds: float, size: int = 0) -> None:
-        """Set when the sweep will end what is waited for, which is of `size` bytes."""
-        self.deadline = time.monotonic() + seconds + size / _SLOWEST
-
-    def data_received(self, data: bytes) -> None:
-        if not self._ended:
-            self._buffer += data
-            self.deadline += len(data) / _SLOWEST
-            self.work()
-            if (self.task or self._behind) and len(self._buffer) > _READ_AHEAD:
-                self.transport.pause_reading()
-
-    def eof_received(self) -> bool:
-        self._half_closed = True  # what the peer asked for before is still answered
-        self.work()
-        return not self._ended and bool(self.transport.can_write_eof())  # TLS cannot
-
-    def connection_lost(self, exc: BaseException | None) -> None:
-        self._ended = True
-        if not self.task:
-            self._app._http.discard(self)
-
-    def pause_writing(self) -> None:
-        self._behind = True
-
-    def resume_writing(self) -> None:
-        self._behind = False
-        self._app._soon(self.work)
-
-    def work(self) -> None:
-        """Answer the next request, if it has arrived and the peer reads its answers."""
-        if self._app._stopping and not (self.task or self._begun):
-            self._end()
-        if self.task or self._behind or self._ended:
-            return
-        self.transport.resume_reading()
-        try:
-            found = next(self._requests)
-        except HTTPError as error:
-            self._refuse(error)
-            return
-        if isinstance(found, Request):
-            found.address = self._address
-            self._begun, self.deadline = False, math.inf
-            task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
-            self.task = None if task.done() else task
-        elif self._half_closed:
-            self._end()
-        elif found is not None:
-            self.transport.write(found)
-            if not self._begun:
-                self._begun = True
-                self._wait(self._app.config.handshake_timeout, len(self._buffer))
-
-    async def _answer(self, request: Request) -> None:
-        """Send the answer, or become a WebSocket."""
-        answer = await self._app._answer(request)
-        self.task = None
-        upgraded = isinstance(answer, ChannelClient)
-        if self._ended or upgraded and self._half_closed:
-            self._app._http.discard(self)  # the peer is gone
-            self.transport.abort()
-        elif upgraded and (self._app._stopping
-                           or len(self._app._sockets) >= self._app.config.max_clients):
-            self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
-        elif isinstance(answer, ChannelClient):
-            self._ended = True  # as an HTTP connection: a work() that is still due does nothing
-            self._app._http.discard(self)
-            answer._attach(self._writer)
-            answer.data_received(bytes(self._buffer))  # it arrived behind the request
-        else:
-            self._ended = (request.http_1_0 or self._app._stopping
-                           or "close" in request.members("connection"))  # RFC 9112, 9.3
-            self._wait(self._app.config.keep_alive_timeout, len(answer.body))
-            self.transport.write(answer.encode(request.method == "HEAD", self._ended))
-            if self._ended:
-                self.transport.close()
-            elif self._buffer or self._half_closed:
-                self._app._soon(self.work)  # not now: others have their turn
-
-    def _refuse(self, error: HTTPError) -> None:
-        logger.warning("refused %s: %s", self._address, error)
-        self._begun, self._ended = False, True
-        self._wait(_LINGER)
-        self.transport.write(error.response.encode(close=True))
-        if not half_close(self.transport):
-            self.transport.close()
-
-    def _end(self) -> None:
-        self._ended = True
-        self.transport.close()
-
-    def expire(self) -> None:
-        """Called by the sweep when the deadline is over."""
-        if self._behind or self._ended:
-            self.transport.abort()
-        elif self._begun:
-            self._refuse(HTTPError(408))
-        else:
-            self._end()
-
-
 class WebChannels:
     """An app: its routes, channels, clients and server.
 
@@ -1515,8 +1889,8 @@ class WebChannels:
         self.config = config or Config()
         self._routes, self._channels = Router(), Router()
         self._open: set[str] = set()  # channels that anyone may subscribe to
-        self._on_connect: dict[str, Endpoint] = {}
-        self._on_disconnect: dict[str, Endpoint] = {}
+        self._on_connect: list[Endpoint] = []
+        self._on_disconnect: list[Endpoint] = []
         self._lock = threading.Lock()  # of the start
         self._context = contextvars.copy_context()  # in which serving began
         self._thread = 0  # in which it serves, or did last
@@ -1534,7 +1908,6 @@ class WebChannels:
         self._idle = 0  # threads that wait for jobs
         self._stop: asyncio.Future[BaseException | None] | None = None
         self._stopping = False
-        self._warned: dict[str, float] = {}  # of what, and when
         self._local_only = False
         self._servers: list[asyncio.AbstractServer] = []
         self._listening: Sequence[Any] = ()
@@ -1543,6 +1916,9 @@ class WebChannels:
         self._sockets: dict[ChannelClient, None] = {}  # whose connections are not yet gone
         self._left_at: dict[ChannelClient, float] = {}  # those that left, and when
         self._subscribers: dict[str, dict[ChannelClient, None]] = {}
+        self._line: collections.deque[Connection] = collections.deque()  # these wait for a turn
+        self._moving = False  # someone has a turn, or will have one
+        self._freed = False  # may the system get memory back?
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
         self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
@@ -1553,10 +1929,11 @@ class WebChannels:
               method: str = "GET", threaded: bool = False) -> Callable[[H], H]:
         """Answer requests for `path` with what `handler` returns; a decorator or a plain call.
 
-        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str). Registering the
-        same path and method again replaces the handler, also while serving. The handler returns
-        str (HTML), bytes, dict or list (JSON), a Response, or None (204). `threaded=True` runs a
-        `def` handler in a thread. Raises TypeError or ValueError for what cannot work.
+        `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str); no value has a
+        slash. Registering the same path and method again replaces the handler, also while serving.
+        What functools.partial() binds, no request can give. The handler returns str (HTML), bytes,
+        dict or list (JSON), a Response, or None (204). `threaded=True` runs a `def` handler in a
+        thread. Raises TypeError or ValueError for what cannot work.
         Example: route("/hello/:name", lambda name: f"Hello, {html.escape(name)}!")
         """
         if not _TOKEN.fullmatch(method):
@@ -1581,6 +1958,9 @@ class WebChannels:
             raise TypeError(f"first comes the path, as in @route('/path'), not {path!r}")
 
         def register(handler: H) -> H:
+            if getattr(handler, "__func__", None) in vars(WebChannels).values():
+                raise TypeError(f"anyone could give what {handler.__name__}() takes, by a query: "
+                                "register a function that calls it")
             router.add(path, Endpoint(handler, path, *about), method)
             return handler
         if handler is not None:
@@ -1591,28 +1971,41 @@ class WebChannels:
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
         It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
-        `client.send()`, but the client is not connected yet, so it cannot be subscribed. A function
-        of the same name replaces it. Example: on_connect(lambda client: client.send("Welcome"))
+        `client.send()`, but the client is not connected yet, so it cannot be subscribed. Handlers
+        add up, and are called in order; a function that is defined again takes its own place.
+        Example: on_connect(lambda client: client.send("Welcome"))
         """
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_connect[endpoint.name] = endpoint
-        return handler
+        return self._add(self._on_connect, handler)
 
     def on_disconnect(self, handler: H) -> H:
         """Call `handler` when a client has left, as `on_connect()`. Example: on_disconnect(log)"""
-        endpoint = Endpoint(handler, supplied=_CLIENT_NAMES)
-        self._on_disconnect[endpoint.name] = endpoint
+        return self._add(self._on_disconnect, handler)
+
+    def _add(self, endpoints: list[Endpoint], handler: H) -> H:
+        added = Endpoint(handler, supplied=_CLIENT_NAMES)
+        for at, known in enumerate(endpoints):
+            if is_redefined(known.handler, handler):
+                logger.warning("%s takes its own place: it is defined again", added.name,
+                               extra=ALWAYS)
+                endpoints[at] = added
+                break
+        else:
+            endpoints.append(added)
         return handler
 
     def params(self, key: str | None = None, default: Any = None) -> Any:
         """The parameters of the request or message being handled: all, as a dict, or one.
 
         Raises RuntimeError outside a handler, the tasks that it starts, and asyncio.to_thread(): in
-        what has no copy of its context. Example: params("name", "nobody")
+        what has no copy of its context; HTTPError 400 if a form or JSON cannot be read.
+        Example: params("name", "nobody")
         """
         given = _params.get()
         if given is None:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
+        if None in given:  # see _respond()
+            given.update({**given[None].params(), **given})
+            given.pop(None)
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
@@ -1627,12 +2020,19 @@ class WebChannels:
         `nonce` is for a Content-Security-Policy. `src` loads the client from there, not inline; a
         path of this server is served if it has no route. Register channels other than the default
         one when the program starts, too: an open page may come back to a restarted server. Raises
-        ValueError for a bad channel name. Example: channels_support("room", src="/channels.js")
+        ValueError for a bad channel name, and for the 10,001st.
+        Example: channels_support("room", src="/channels.js")
         """
         channel = self.config.default_channel if channel is None else channel
-        if not channel or channel.strip("/") != channel:
-            raise ValueError(f"not a channel's name: {channel!r}")
-        self._open.add(channel)
+        check_name(channel)
+        if channel not in self._open and not self._guarded(channel):
+            if len(self._open) >= _MAX_OPEN:
+                raise ValueError(f"{_MAX_OPEN:,} channels are open: guard others with a handler")
+            if _params.get() is not None:
+                logger.warning("a handler opened the channel %r by channels_support(): call that "
+                               "when the program starts, or guard the channel with a handler for "
+                               "its message subscribe", channel)
+            self._open.add(channel)
         base = self.config.base_path.rstrip("/")
         attributes = {"data-channel": channel, "data-path": base + self.config.websockets_path,
                       "nonce": nonce, "src": src}
@@ -1648,15 +2048,18 @@ class WebChannels:
 
     # The registry.
 
-    def broadcast(self, channels: str | Iterable[str], message: str | bytes, payload: Any = None,
-                  *, exclude: Clients = (), only: Clients | None = None) -> bool:
+    def broadcast(self, channels: str | Iterable[str], message: str | bytes,
+                  payload: Any = _NO_PAYLOAD, *, exclude: Clients = (),
+                  only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
-        `exclude` and `only` are clients, or their ids, also those of other processes. True if
-        anyone in this process was there to be sent it. It does not wait for the event loop; but a
-        thread that is ahead of it is slowed down. Raises TypeError or ValueError for what cannot be
-        sent, before anything is; TimeoutError if over `8 * config.max_send_buffer` bytes wait for
-        a loop that has not moved for 5 seconds. Example: broadcast("room", "tick", {"n": 1})
+        With a `payload`, None too, the page's handler for the message gets it; without, a plain
+        text goes to parse_payload. `exclude` and `only` are clients, or their ids, also those of
+        other processes. True if anyone in this process was there to be sent it. It does not wait
+        for the event loop; but a thread that is ahead of it is slowed down. Raises TypeError or
+        ValueError for what cannot be sent, before anything is; TimeoutError if over
+        `8 * config.max_send_buffer` bytes wait for a loop that has not moved for 5 seconds.
+        Example: broadcast("room", "tick", {"n": 1})
         """
         names = [channels] if isinstance(channels, str) else list(channels)
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
@@ -1703,12 +2106,17 @@ class WebChannels:
         elif not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
-                kind, without, among = _decoder.decode(head.decode())
-                text = "" if kind == BINARY else body.decode()  # no browser could read other bytes
-                push = Push(self.config, channel, body if kind else text)
-                push._opcode = BINARY if kind == BINARY else TEXT
+                kind, without, among = load_json(head.decode())
+                push = Push(self.config, channel, body if kind else body.decode())
+                if kind != BINARY and kind:  # nothing else may come by: it could look like a reply
+                    envelope = load_json(body.decode())
+                    if ({*envelope} != {"channel", "message", "payload"}
+                            or envelope["channel"] != channel
+                            or type(envelope["message"]) is not str):
+                        raise ValueError("not an envelope of this channel")
+                    push._opcode = TEXT
                 self._send(channel, push, set(without), None if among is None else set(among))
-            except (TypeError, ValueError, RecursionError) as error:
+            except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
 
     # What reads it may run in any thread at any time: list() and copy() are atomic.
@@ -1736,9 +2144,11 @@ class WebChannels:
 
         From another thread this waits for the event loop, as do `unsubscribe()`, what forgets
         clients, and `client.close()`: hold no lock that a `def` handler wants. Raises TimeoutError
-        after 5 seconds without a move of it, and ChannelError past `config.max_subscriptions`.
+        after 5 seconds without a move of it, ChannelError past `config.max_subscriptions`, and
+        ValueError for a bad channel name.
         Example: subscribe(client, "room")
         """
+        check_name(channel)
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
@@ -1791,10 +2201,50 @@ class WebChannels:
         self._left_at[client] = time.monotonic()
         if len(self._left_at) > self.config.max_clients:
             del self._left_at[next(iter(self._left_at))]  # who left first
-        for endpoint in list(self._on_disconnect.values()):
-            task = asyncio.ensure_future(notify(endpoint))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        for endpoint in list(self._on_disconnect):
+            self._track(asyncio.ensure_future(notify(endpoint)))
+
+    def _track(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _cancel(self, task: asyncio.Future[Any]) -> None:
+        """Cancel what nobody waits for any more; down() still does."""
+        self._track(task)
+        task.cancel()
+
+    # Turns: what takes long is done bit by bit, so that nobody waits for long.
+
+    def _take_turn(self) -> bool:
+        """May one do something large now? The first in a turn of the loop may, if nobody waits."""
+        free = not self._moving
+        if free:
+            self._moving = True
+            self._soon(self._next_turns)
+        return free
+
+    def _line_up(self, connection: Connection) -> None:
+        """It goes on when it is its turn."""
+        if not connection._in_line:
+            connection._in_line = True
+            self._line.append(connection)
+            self._take_turn()
+
+    def _next_turns(self) -> None:
+        """Those at the head of the line go on; then the loop does other things, too."""
+        self._freed = True
+        self._moving = bool(self._line)
+        if self._moving:
+            begun = now = time.monotonic()
+            while self._line and now <= begun + _TURN:
+                connection = self._line.popleft()
+                connection._in_line = False
+                connection._work(my_turn=True)
+                now = time.monotonic()
+            if self._loop and now > begun + _LONG:  # the others have as long
+                self._loop.call_later(now - begun, self._next_turns)
+            else:
+                self._soon(self._next_turns)
 
     # Calling handlers.
 
@@ -1813,7 +2263,8 @@ class WebChannels:
         held = time.perf_counter() - begun
         if held > _SLOW:
             logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                           "it with threaded=True", endpoint.name, held * 1000)
+                           "it with threaded=True", endpoint.name, held * 1000,
+                           extra={"kind": endpoint.name})
         if result.__class__ is not str and inspect.isawaitable(result):
             return context.run(asyncio.ensure_future, self._await(result))
         return result
@@ -1834,7 +2285,7 @@ class WebChannels:
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         """The result of `call`. (Its threads are daemons: no process waits for them at its end.)"""
         if self._threads.locked():
-            self._warn("handlers wait for a thread: config.max_threads are busy")
+            logger.warning("handlers wait for a thread: config.max_threads are busy")
         await self._threads.acquire()
         handover, future = self._handover, asyncio.get_running_loop().create_future()
 
@@ -1878,7 +2329,7 @@ class WebChannels:
                 origin = "", "", ref if exact else None
                 # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
                 if (not exact or type(channel) is not str or type(message) is not str
-                        or "/" in message):
+                        or "/" in message or len(channel) > _MAX_NAME or len(message) > _MAX_NAME):
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
@@ -1906,10 +2357,14 @@ class WebChannels:
         if message == "subscribe" and channel in self._open:
             self.subscribe(client, channel)
             return "Subscription: OK"
-        if message == "unsubscribe" and (channel in self._open or channel in client.channels):
+        if message == "unsubscribe" and (channel in self._open or channel in client.channels
+                                         or self._guarded(channel)):
             self.unsubscribe(client, channel)
             return "Unsubscription: OK"
         raise HTTPError(404)
+
+    def _guarded(self, channel: str) -> bool:
+        return self._channels.find(f"/{channel}/subscribe") is not None
 
     # HTTP.
 
@@ -1919,7 +2374,8 @@ class WebChannels:
         else:
             HTTPConnection(self, writer)  # it needs no streams: they would cost half of the speed
 
-    async def _answer(self, request: Request) -> Response | ChannelClient:
+    async def _answer(self, request: Request,
+                      connection: HTTPConnection) -> Response | ChannelClient:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
@@ -1931,7 +2387,8 @@ class WebChannels:
             logger.info("%r: %s", request, error)
             return error.response
         except BaseException as error:
-            if self._stopping and isinstance(error, asyncio.CancelledError):
+            gone = self._stopping or connection._done
+            if gone and isinstance(error, asyncio.CancelledError):
                 raise
             logger.exception("%r failed", request)
             return HTTPError(500).response
@@ -1952,7 +2409,11 @@ class WebChannels:
             if method not in METHODS:
                 raise HTTPError(501)
             raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
-        given = {**request.params(), **dict(zip(endpoint.path_names, values)), "request": request}
+        given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
+        if endpoint.takes_any or {*endpoint.takes} - {*given}:
+            given = {**request.params(), **given}
+        else:
+            given[None] = request  # its parameters are read when the handler asks for them
         for name in endpoint.required:
             if name not in given:
                 raise HTTPError(400, f"The parameter {name} is missing")
@@ -1974,7 +2435,7 @@ class WebChannels:
             raise HTTPError(404)
         head, dialect = accept_handshake(request, self.config.compression)
         client = ChannelClient(self, request, dialect, head)
-        for endpoint in list(self._on_connect.values()):
+        for endpoint in list(self._on_connect):
             await self._invoke(endpoint, {"client": client, "request": request})
         return client
 
@@ -1991,8 +2452,9 @@ class WebChannels:
         """Is its page allowed (RFC 6455, 10.2), if a browser sent it? Raises HTTPError 403."""
         text = request.headers.get("origin")
         allowed = self.config.allowed_origins
-        if allowed is None:
-            allowed = [f"{re.split('[+:]', self.url)[0]}://{request.headers.get('host')}"]
+        if allowed is None:  # same origin; a request of HTTP/1.0 may have no host
+            host = request.headers.get("host")
+            allowed = [f"{re.split('[+:]', self.url)[0]}://{host}"] if host else []
         if text is not None and allowed != "*":
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
@@ -2108,7 +2570,7 @@ class WebChannels:
                     ending.callback(loop.remove_reader, each)
             await self._servers[0].start_serving()
             ready.set_result(self.url)
-            logger.info("serving at %s", self.url)
+            logger.info("serving at %s", self.url, extra=ALWAYS)
             try:
                 error = await self._stop
             except GeneratorExit:  # nobody will ever run this loop again; another may serve
@@ -2120,6 +2582,7 @@ class WebChannels:
     def _finish(self) -> None:
         if self._handover:
             self._handover.end()
+        sparing.tell_counts()
         for _ in range(self._idle):
             self._jobs.put(lambda: False)
         self._reset()
@@ -2137,8 +2600,7 @@ class WebChannels:
             "host": host, "port": port, "reuse_port": reuse_port}
         try:
             server = await asyncio.start_server(  # start_serving: a cancel now would leak it
-                self._accept, backlog=1024, start_serving=False, ssl=ssl,
-                ssl_handshake_timeout=self.config.handshake_timeout if ssl else None, **where)
+                self._accept, backlog=1024, start_serving=False, **where)
         except OSError as error:
             hint = f"cannot serve on port {port} of {host}: {error}"
             if error.errno == errno.EADDRINUSE:
@@ -2176,25 +2638,24 @@ class WebChannels:
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
         self._stopping = True
-        for connection in list(self._http):
-            connection.work()
-        for client in list(self._sockets):
-            client._shut()
+        for connection in (*self._http, *self._sockets):
+            connection._shut()
         end = time.monotonic() + self.config.shutdown_timeout
         while (self._http or self._sockets or self._tasks) and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
     async def _cut(self) -> None:
         """End what did not end by itself, also when `_shut_down()` was cancelled."""
-        tasks: list[Any] = [*self._tasks, *[each.task for each in self._http if each.task],
-                            *[each._task for each in self._sockets if each._task]]
+        handlers = [each._task for each in (*self._http, *self._sockets)]
+        tasks: list[Any] = [*self._tasks, *filter(None, handlers)]
         if tasks:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
             client._close(1001, "server going down")  # also behind a handler that does not end
             client._abort("the server goes down")
         for connection in list(self._http):
-            connection.transport.abort()
+            if connection._transport:
+                connection._transport.abort()
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
@@ -2209,38 +2670,38 @@ class WebChannels:
 
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
+        trim_at = 0.0
         while True:
             settings = self.config
             times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
                      settings.ping_interval or 4, settings.disconnected_ttl, 4)
-            await asyncio.sleep(max(min(times) / 4, 0.02))
+            pause = max(min(times) / 4, 0.02)
+            await asyncio.sleep(pause)
             now = time.monotonic()
             self._here()  # in case that a thread was interrupted before it could wake the loop
-            for client in list(self._sockets):
-                client._check(now, settings)
-            for connection in list(self._http):
-                if now >= connection.deadline:
-                    connection.expire()
-            self._left_at = {client: left for client, left in self._left_at.items()
-                             if now - left < settings.disconnected_ttl}
+            sparing.tell_counts(now)
+            for connection in (*self._http, *self._sockets):
+                connection._check(now, pause)
+            for client, left in [*self._left_at.items()]:
+                if now - left >= settings.disconnected_ttl:
+                    del self._left_at[client]
+                    self._freed = True
+                elif client not in self._sockets and now - left > settings.abandoned_timeout:
+                    client._let_go()
+            if self._freed and now >= trim_at:
+                self._freed, trim_at = False, now + _TRIM
+                trim_memory()
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            self._warn(f"{error.strerror}: accepting pauses")
+            logger.warning("%s: accepting pauses", error.strerror)
         elif context["message"] == "Accept failed on a socket" and not self._stopping:
-            self._warn(f"{error}: listening again")  # on Windows asyncio is about to close it
+            logger.warning("%s: listening again", error)  # on Windows asyncio is about to close it
             asyncio.ensure_future(self._listen_again(context["socket"].dup()))
         elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
             loop.default_exception_handler(context)
-
-    def _warn(self, text: str) -> None:
-        """Log what could come often, now and then."""
-        now = time.monotonic()
-        if now > self._warned.get(text, -math.inf) + 10:
-            self._warned[text] = now
-            logger.warning(text)
 
     # Threads and forks.
 
@@ -2299,6 +2760,24 @@ class WebChannels:
         self._reset()
 
 
+def is_redefined(old: Any, new: Any) -> bool:
+    """Is `new` a later definition of the same function?
+
+    Lambdas, methods, and what is decorated or made by another function share their names.
+    """
+    return (inspect.isfunction(old) and inspect.isfunction(new) and "<" not in new.__qualname__
+            and (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+            and not hasattr(old, "__wrapped__") and not hasattr(new, "__wrapped__"))
+
+
+def trim_memory() -> None:
+    """Have glibc return to the system what is free: from a peak, it could keep all for ever."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # another C library
+            import ctypes
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Does this name or address mean the machine itself?"""
@@ -2348,255 +2827,304 @@ unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
 
 # A copy of the file of that name: `python3 test_webchannels.py --embed` makes it.
 CHANNELS_JS: str = r"""// channels.js: the browser's side of webchannels.py. MIT License.
-// One WebSocket carries all channels: bytes, and JSON (subprotocol webchannels.v1).
-//   {channel, message, payload?, ref?}    to the server
-//   {channel, message, payload?}          from the server
-//   {ref, payload} or {ref, error}        its reply to a ref
-//   {error, channel, message}             an error without ref
-//   an empty message                      a keep-alive, answered by another
+var parse_payload = /** @type {(payload: any) => void} */ (Object(globalThis).parse_payload)
+var Genie = /** @type {{ WebChannels: typeof WebChannels }} */ (Object(globalThis).Genie)
+var WebChannels = (() => {
+  if (typeof document === 'undefined') throw new Error('channels.js works in pages only')
 
-// A second copy in the page finds the first. (Object(x) is x, of any type.)
-var WebChannels = /** @type {undefined} */ (Object(window).WebChannels) || (() => {
   const TICK = 5000           // ms
-  const ASK = 5               // silent ticks until a keep-alive
-  const DEAD = 7              // silent ticks until the connection counts as lost
-  const DELAY = [1000, 30000] // ms within which to reconnect: at first, at most
-  const QUEUE = [2048, 2**20] // messages and bytes that may wait for a connection
+  const TRUST = 5             // ticks without a word until the server is asked for one
+  const PATIENCE = 2          // ticks for its answer, and for the handshake
+  const DELAY = [1000, 30000] // ms within which to try again: at first, at most
+  const QUEUE = [2048, 2**20] // messages, and characters or bytes, that may wait
+  const PATH = /^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/
+  const KINDS = /** @type {any} */ ({ int: '-?\\d+', float: '-?\\d+(\\.\\d+)?', str: '[^/]+' })
 
   const page = Object(window)
-  const path = document.currentScript?.dataset.path || '/'
-  const base = location.href // at first: the page may change it
+  const { origin } = page
+  // By the prototype: an element with a name hides what the document has.
+  const ofDocument = (name = '') => Reflect.get(Document.prototype, name, document)
+  const script = ofDocument('currentScript')?.dataset ?? {} // a module has none
+  const base = origin === 'null' ? location.href : origin // about:srcdoc is no base
+  let address = script.path || '/'
+  try { address = new URL(address, base).href.replace(/^http/, 'ws') } catch { } // connect() tells
 
   let state = /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */ ('closed')
   let socket = /** @type {WebSocket | null} */ (null) // the only one
-  let timer = 0     // to the next tick
-  let silent = 0    // ticks since the server was heard
-  let failures = 0  // in a row
+  let timer = 0    // to the next tick
+  let trust = 0    // ticks until the server is asked for a word; below 0: ticks since then
+  let failures = 0 // in a row
   let lastRef = 0
-  // An item is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
-  const queue = new Map()         // items not sent yet -> bytes
-  const pending = new Map()       // ref -> item not answered yet
-  const subscriptions = new Map() // channel -> item
+  let hinted = 0
+  // A frame is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
+  const queue = new Map()    // frame not sent yet -> size
+  const requests = new Map() // ref -> frame not answered yet
+  // A subscription is {channel, promise, resolve, reject, confirmed (once), failures, timer}.
+  const subscriptions = new Map() // channel -> what the page wants, of each connection
 
-  /** False if a listener prevents the default. @param {string} type  @param {any} [detail] */
-  const emit = (type, detail) =>
-    client.dispatchEvent(new CustomEvent(type, { detail, cancelable: true }))
-
-  const complain = (/** @type {object} */ detail) =>
+  // ---- To the page, whose listeners may open() or close() ----
+  /** False if a listener prevents the default. */
+  const emit = (type = '', detail = /** @type {any} */ (null), channel = '') => client
+    .dispatchEvent(Object.assign(new CustomEvent(type, { detail, cancelable: true }), { channel }))
+  const complain = (/** @type {any} */ detail) =>
     emit('error', detail) && console.error('WebChannels:', detail)
 
-  const become = (/** @type {typeof state} */ next) => {
-    document.documentElement.dataset.webchannels = state = next
-    emit('state', next)
+  const enter = (/** @type {typeof state} */ next, type = '', detail = {}) => {
+    const changed = next !== state
+    ofDocument('documentElement').dataset.webchannels = state = next
+    if (type) emit(type, detail)
+    if (changed && next === state) emit('state', next)
+  }
+
+  const deliver = (/** @type {any} */ push) => {
+    const { channel, message, payload } = push
+    const detail = payload === undefined ? message : push
+    let untaken = emit('message', detail, channel)
+    // No slash in the message: /a + b/c is not /a/b + c.
+    for (const type of /^[^/]+$/.test(message) ? [`/${channel}/${message}`, '/:'] : [])
+      untaken = emit(type, push, channel) && untaken
+    if (untaken) page.parse_payload(detail)
   }
 
   // ---- The connection, and what goes through it ----
+  const canSend = () => socket?.readyState === 1 // wrappers of WebSocket have no OPEN
+  // Full jitter: a restarted server has all its clients coming.
+  const delay = (failures = 0) => Math.random() * Math.min(
+    DELAY[1], DELAY[0] * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures)
 
   const connect = () => {
-    silent = ASK // the handshake has a deadline, too
+    trust = 0 // the handshake is a question, too
     try {
-      socket = new WebSocket(new URL(path, base).href.replace('http', 'ws'), 'webchannels.v1')
-    } catch (error) { // no URL, or one that this page may not use: trying again is no help
-      complain({ error: String(error) })
-      return end(1000)
-    }
-    socket.binaryType = 'arraybuffer'
-    socket.onopen = opened
-    socket.onmessage = received
-    socket.onclose = ({ target, code, reason }) => target === socket && end(code, reason)
+      const opening = socket = new WebSocket(address, 'webchannels.v1')
+      opening.binaryType = 'arraybuffer'
+      opening.onopen = opened
+      opening.onmessage = received
+      opening.onclose = ({ code, reason }) => opening === socket && end(code, reason)
+    } catch (error) { end(1000, String(error)) }
   }
 
-  // Silence is counted, not timed: a hidden tab ticks late, a frozen one not at all, but each hears
-  // what the server said before it ticks twice.
+  // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
   const tick = () => {
     clearTimeout(timer)
     timer = setTimeout(tick, TICK)
     if (!socket) return connect()
-    if (++silent >= DEAD) return end()
-    if (socket.readyState !== WebSocket.OPEN) return
-    failures = 0 // not before: a server may let us in and drop us
-    if (silent === ASK) socket.send('')
+    if (canSend()) failures = 0 // not before: a server may let us in and drop us
+    trust--
+    if (trust === 0) transmit('')
+    if (trust <= -PATIENCE) end(1006, 'no sign of life')
   }
 
-  /** Connects or asks the server now, unless that is under way. */
   const wake = () => {
-    if (state === 'closed') return
     failures = 0
-    if (socket && silent >= ASK) return
-    silent = ASK - 1
+    if (state === 'closed' || socket && trust <= 0) return // it is under way
+    trust = 1
     tick()
   }
 
   const opened = () => {
-    silent = 0
+    trust = TRUST
     subscriptions.forEach(renew)
-    for (const item of queue.keys()) send(item)
+    for (const frame of queue.keys()) send(frame)
     queue.clear()
-    become('open')
-    emit('open')
+    if (canSend()) enter('open', 'open')
   }
 
   const received = (/** @type {MessageEvent} */ { data }) => {
-    silent = 0
+    trust = TRUST
+    emit('debug', { in: data })
     if (data === '') return
-    const m = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const item = pending.get(m.ref) // if it is still wanted
-    const detail = 'payload' in m ? m : m.message
-    if ('error' in m) m.ref ? item?.reject(new Error(m.error)) : complain(m)
-    else if (m.ref) item?.resolve(m.payload)
-    else if (emit('message', detail)) page.parse_payload(detail)
+    const frame = typeof data === 'string' ? JSON.parse(data) : { message: data }
+    const request = requests.get(frame.ref) // if it is still wanted
+    if (!frame.ref) 'error' in frame ? complain(frame) : deliver(frame)
+    else if (!('error' in frame)) request?.resolve(frame.payload)
+    else request?.reject(Object.assign(Error(frame.error), { name: 'ChannelError' }))
   }
 
   const end = (code = 1006, reason = '') => {
+    if (state === 'closed') return
+    const final = code === 1000 || code === 1008 // the will of the page or the server
     const wasOpen = state === 'open'
-    const next = code === 1000 || code === 1008 ? 'closed' : 'reconnecting' // the server's will
+    const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
+    if (wait) timer = setTimeout(tick, wait)
     socket?.close()
     socket = null
-    for (const { reject } of pending.values()) reject(new DOMException('Lost', 'NetworkError'))
-    if (next === 'closed') {
-      for (const { reject } of queue.keys()) reject(new DOMException('Closed', 'AbortError'))
+    const lost = failure(`Lost: ${code} ${reason}`, 'NetworkError')
+    for (const { reject } of requests.values()) reject(lost)
+    if (final) {
+      const closed = failure(`Closed: ${code} ${reason}`)
+      for (const { reject } of queue.keys()) reject(closed)
       queue.clear()
-    } else {
-      // Full jitter: a restarted server has all its clients coming, hidden tabs on the full second.
-      const most = Math.min(DELAY[1], DELAY[0] * (document.hidden ? 10 : 1) * 2 ** failures++)
-      timer = setTimeout(tick, Math.random() * most)
+      for (const { reject } of subscriptions.values()) reject(closed)
+      subscriptions.forEach(deferred) // open() asks for them again
     }
-    become(next) // last, for listeners may open() or close()
-    if (wasOpen) emit('close', { code, reason })
+    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
+    if (wait) emit('debug', { wait })
+    const why = origin === 'null' && !wasOpen && failures < 2
+      ? 'see config.allowed_origins' : final && reason // for a sandbox
+    if (why) complain({ error: `${address}: ${why}` })
   }
 
-  const deferred = (/** @type {any} */ item) => {
-    item.promise = new Promise((resolve, reject) => Object.assign(item, { resolve, reject }))
-    return item
+  const transmit = (/** @type {any} */ data) => {
+    trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
+    socket?.send(data)
+    emit('debug', { out: data })
+  }
+  const failure = (why = '', name = 'AbortError') => new DOMException(why.trim(), name)
+
+  const deferred = (/** @type {any} */ more) => {
+    more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
+    more.promise.catch(() => { }) // of a subscription: renew() complains
+    return more
   }
 
-  const send = (/** @type {any} */ item) => {
-    if (socket?.readyState === WebSocket.OPEN) { // a closing one swallows it
-      socket.send(item.data)
-      if (item.ref) pending.set(item.ref, item)
-      else item.resolve()
-    } else if (state === 'closed') item.reject(new DOMException('Closed', 'AbortError'))
+  const send = (/** @type {any} */ frame) => {
+    if (canSend()) {
+      if (frame.ref) requests.set(frame.ref, frame)
+      else frame.resolve()
+      transmit(frame.data)
+    } else if (state === 'closed') frame.reject(failure('Closed'))
     else {
-      const copy = new Blob([item.data]) // the caller may reuse its buffer
-      if (typeof item.data !== 'string') item.data = copy
-      const bytes = [...queue.values()].reduce((sum, size) => sum + size, copy.size)
-      if (queue.size < QUEUE[0] && bytes <= QUEUE[1]) queue.set(item, copy.size)
-      else item.reject(new DOMException('Queue full', 'QuotaExceededError'))
+      if (typeof frame.data !== 'string') frame.data = new Blob([frame.data]) // it may be reused
+      const size = frame.data.size ?? frame.data.length
+      const total = [...queue.values()].reduce((sum, each) => sum + each, size)
+      if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.set(frame, size)
+      else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
-    return item.promise
+    return frame.promise
   }
 
-  const renew = (/** @type {any} */ { resolve, reject }, /** @type {string} */ channel) =>
-    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(resolve)
-      .then(() => emit('subscribed', channel), error => {
-        if (error instanceof DOMException) return // lost: the next connection renews it
-        subscriptions.delete(channel)
-        reject(error)
-        complain({ error: error.message, channel, message: 'subscribe' })
-      })
+  const renew = (/** @type {any} */ subscription) => {
+    const { channel } = subscription
+    const wanted = () => subscriptions.get(channel) === subscription
+    clearTimeout(subscription.timer)
+    client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
+      if (!wanted()) return
+      Object.assign(subscription, { confirmed: true, failures: 0 }).resolve(reply)
+      emit('subscribed', channel)
+    }, error => {
+      if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
+      if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
+        const wait = delay(subscription.failures++)
+        subscription.timer = setTimeout(() => wanted() && canSend() && renew(subscription), wait)
+        emit('debug', { wait, channel })
+      } else drop(subscription, error)
+      complain({ error: error.message, channel, message: 'subscribe' })
+    })
+  }
+  const drop = (/** @type {any} */ { channel, reject }, /** @type {Error} */ error) => {
+    subscriptions.delete(channel)
+    reject(error)
+  }
 
-  // ---- What the page uses ----
-
-  /** Events and their `detail`: 'state', the new one; 'open'; 'close' {code, reason}; 'subscribed',
-   * the channel; 'message', what parse_payload gets; 'error' {error, channel, message}. */
-  class Client extends EventTarget {
-    /** Also in `<html data-webchannels="...">`. */
+  /** @typedef {(type: string, listener: (event: CustomEvent & { channel: string }) => void,
+   *   options?: any) => void} Listen
+   * @typedef {{ addEventListener: Listen, removeEventListener: Listen } & EventTarget} Target */
+  class Client extends /** @type {new () => Target} */ (EventTarget) {
+    get address() { return address }
     get state() { return state }
 
-    /** Resolves when handed over; rejects when too much waits, or on close(). A reply is a push.
-     * @param {string} channel  @param {string} message  @param {any} [payload] */
+    /** @param {string} channel  @param {string} message  @param {any} [payload] */
     async sendMessageTo(channel, message, payload) {
       return send(deferred({ data: JSON.stringify({ channel, message, payload }) }))
     }
-
-    /** The same for bytes, to channel("/"). @param {BufferSource | Blob} data */
+    /** To channel("/"). @param {BufferSource | Blob} data */
     async sendBinary(data) { return send(deferred({ data })) }
 
-    /** Resolves with the reply. Rejects with the server's error, or a DOMException: TimeoutError,
-     * AbortError, NetworkError (connection lost: nobody knows whether it ran).
-     * @param {string} channel  @param {string} message  @param {any} [payload]
+    /** @param {string} channel  @param {string} message  @param {any} [payload]
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity */
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
+      if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const item = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
-      const late = setTimeout(item.reject, Math.min(timeout, 2e9),
-        new DOMException('No reply in time', 'TimeoutError'))
-      const abort = () => item.reject(signal?.reason)
+      const frame = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
+      const late = failure('No reply in time', 'TimeoutError')
+      const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), late)
+      const abort = () => frame.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
-      return send(item).finally(() => {
-        clearTimeout(late)
+      return send(frame).finally(() => {
+        clearTimeout(timer)
         signal?.removeEventListener('abort', abort)
-        queue.delete(item)
-        pending.delete(ref)
+        queue.delete(frame)
+        requests.delete(ref)
       })
     }
 
     /** Gives pushes with a payload to `handler`, not to parse_payload, until the result is called.
-     * @param {string} path  '/channel/message', where `:name` stands for any segment
+     * @param {string} path  '/channel/message', with `:name`, `:n::int` or `:x::float` segments
      * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s */
     channel(path, handler) {
-      const segments = path.split('/').map(segment => segment[0] === ':'
-        ? `(?<${segment.split(':')[1]}>[^/]+)` : segment.replace(/\W/g, '\\$&'))
-      const pattern = RegExp(`^${segments.join('/')}$`)
+      if (!PATH.test(path) || typeof handler !== 'function')
+        throw new TypeError(`not a path '/channel/message' and a handler: '${path}', ${handler}`)
+      const numbers = [...path.matchAll(/\/:(\w+)::[if]/g)].map(match => match[1])
+      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g,
+        (text, name, kind = 'str') => name ? `/(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
+      const type = path.includes('/:') ? '/:' : path
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
         const match = pattern.exec(`/${channel}/${message}`)
-        if (!match || payload === undefined) return
-        event.preventDefault()
-        handler(payload, { ...match.groups, channel, message })
+        if (match && payload !== undefined) {
+          const info = /** @type {any} */ ({ ...match.groups })
+          for (const name of numbers) info[name] = Number(info[name])
+          event.preventDefault()
+          handler(payload, { ...info, channel, message })
+        } else if (type === path && !hinted++)
+          console.warn(`${path} went to parse_payload: give it a payload, None will do`)
       }
-      client.addEventListener('message', listener)
-      return () => client.removeEventListener('message', listener)
+      client.addEventListener(type, listener)
+      return () => client.removeEventListener(type, listener)
     }
 
-    /** Lasts over reconnects. Resolves when the server confirms it, rejects when it refuses.
-     * @param {string} channel  @returns {Promise<any>} */
+    /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      if (subscriptions.has(channel)) return subscriptions.get(channel).promise
-      const item = deferred({})
-      item.promise.catch(() => { }) // renew() complains
-      subscriptions.set(channel, item)
-      if (state === 'open') renew(item, channel)
-      return item.promise
+      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
+      if (!subscriptions.has(channel)) {
+        subscriptions.set(channel, subscription)
+        if (canSend()) renew(subscription)
+      }
+      return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
     }
-
     /** @param {string} channel */
     async unsubscribe(channel) {
-      subscriptions.get(channel)?.reject(new DOMException('Unsubscribed', 'AbortError'))
-      subscriptions.delete(channel)
-      if (state === 'open') return client.request(channel, 'unsubscribe')
+      if (subscriptions.has(channel)) drop(subscriptions.get(channel), failure('Unsubscribed'))
+      if (canSend()) await client.request(channel, 'unsubscribe', undefined, { timeout: Infinity })
+        .catch(error => { if (!(error instanceof DOMException)) throw error }) // lost: it succeeded
     }
 
-    /** Connects, at once. */
     open() {
-      if (state === 'closed') become('connecting')
+      if (state === 'closed') enter('connecting')
       wake()
     }
-
-    /** Stays away until open(). Rejects what waits. */
     close() { end(1000) }
   }
 
-  const client = new Client()
-  // Captured, because 'resume' goes to the document.
-  for (const type of ['online', 'offline', 'pageshow', 'resume']) addEventListener(type, wake, true)
-  document.addEventListener('visibilitychange', () => document.hidden || wake())
-  addEventListener('pagehide', e => e.persisted && state !== 'closed' && end()) // for the bfcache
-
-  page.Genie = { ...page.Genie, WebChannels: client }
-  page.parse_payload ||= (/** @type {any} */ payload) => {
-    console.log(payload)
-    console.log('Overwrite window.parse_payload to handle messages from the server')
+  const first = Object.hasOwn(page, 'WebChannels') && page.WebChannels // of a copy before this
+  const client = /** @type {Client} */ (first || new Client())
+  if (!first) {
+    for (const type of ['online', 'offline', 'pageshow', 'resume'])
+      addEventListener(type, wake, true) // captured, for some go to the document
+    addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
+    // A page that sleeps, as in the bfcache, hears nothing.
+    for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
+      if (socket && Object(event).persisted !== false) end(1006, type)
+    }, true)
+    addEventListener('securitypolicyviolation', ({ blockedURI, disposition }) => {
+      if (blockedURI && address.startsWith(blockedURI) && disposition === 'enforce' && !canSend())
+        end(1000, 'forbidden by the Content-Security-Policy')
+    }, true)
+    page.WebChannels = client
+    page.Genie = { ...page.Genie, WebChannels: client }
+    if (typeof page.parse_payload !== 'function') page.parse_payload = (payload = '') => {
+      console.log(payload)
+      console.log('Overwrite window.parse_payload to handle messages from the server')
+    }
+    client.open()
   }
-
-  client.open()
+  const ready = () => console.log('Subscription ready')
+  if (client.address === address) client.subscribe(script.channel || '____').then(ready, () => { })
+  else complain({ error: `connected to ${client.address}, so not to ${address}` })
   return client
 })()
-
-WebChannels.subscribe(document.currentScript?.dataset.channel || '____')
-  .then(() => console.log('Subscription ready'), () => { })
 """
 
 
@@ -2625,14 +3153,10 @@ form * { padding: 6px 9px; border: 1px solid; border-radius: 9px; font: inherit;
 </form></section><section><h2>On the wire</h2><p id="answer" role="status">Without the wave</p>
 <pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
 <form id="echo" method="dialog"><input id="payload" aria-label="Payload"><button>Echo</button>
-</form></section></main><script nonce="NONCE">
-// To show what is on the wire. A page that shows no such thing needs nothing of this.
-const show = (arrow, frame) => frame.includes('"message":"tick"') || wire.append(arrow, frame, '\n')
-window.WebSocket = class extends WebSocket {
-  constructor (...given) { super(...given).addEventListener('message', e => show('↓ ', e.data)) }
-  send (frame) { show('↑ ', frame); super.send(frame) }
-}
-</script>SUPPORT<script nonce="NONCE">
+</form></section></main>SUPPORT<script nonce="NONCE">
+const show = (arrow, frame = '') =>
+  frame && !frame.includes('"message":"tick"') && wire.append(arrow, frame, '\n')
+WebChannels.addEventListener('debug', e => { show('↑ ', e.detail.out); show('↓ ', e.detail.in) })
 WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
 WebChannels.subscribe('chat')
 WebChannels.channel('/chat/name', name => { me.textContent = name })
