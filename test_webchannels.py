@@ -4267,21 +4267,26 @@ class UpAndDownTest(unittest.TestCase):
         self.assertEqual([], told)
 
     def test_it_listens_again_when_an_accept_has_failed(self) -> None:
-        app = self.app()
-        with serve(app) as url:
-            def fail() -> None:  # as asyncio.proactor_events does on Windows
-                sock = app._listening[0]
+        for secure in (False, True):
+            app, context = self.app(), None
+            if secure:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                with tempfile.TemporaryDirectory() as folder:
+                    context.load_cert_chain(certificate(Path(folder)))
+
+            def fail(app: WebChannels = app) -> None:  # as asyncio.proactor_events on Windows
                 assert app._loop
                 app._loop.call_exception_handler({
                     "message": "Accept failed on a socket", "exception": OSError(64, "x"),
-                    "socket": sock})
-                app._loop.remove_reader(sock)  # it closes it, too
-            with self.assertLogs("webchannels", "WARNING") as logs:
-                app._call(fail)
-            self.assertIn("listening again", logs.output[0])
-            self.assertEqual(request("GET", url).body, b"page")
-        with self.assertRaises(ConnectionRefusedError):
-            request("GET", url)
+                    "socket": app._listening[0]})
+                app._loop.remove_reader(app._listening[0])  # it closes it, too
+            with serve(app, ssl=context) as url:
+                with self.assertLogs("webchannels", "WARNING") as logs:
+                    app._call(fail)
+                self.assertIn("listening again", logs.output[0])
+                self.assertEqual(request("GET", url).body, b"page")
+            with self.assertRaises(ConnectionRefusedError):
+                request("GET", url)
 
     def test_the_loops_exception_handler(self) -> None:
         app, told = self.app(), []

@@ -2620,8 +2620,7 @@ class WebChannels:
         self.url = f"{scheme}://{shown}:{self.port}"
 
     async def _listen_again(self, sock: Any) -> None:
-        self._servers.append(await asyncio.start_server(
-            self._accept, backlog=1024, sock=sock, ssl=self._ssl))
+        self._servers.append(await asyncio.start_server(self._accept, backlog=1024, sock=sock))
 
     def down(self) -> None:
         """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
