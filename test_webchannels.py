@@ -3639,6 +3639,37 @@ class ThreadsTest(ServerTest):
         self.assertEqual(client.recv_close()[0], 1001)
         thread.join(10)
 
+    def test_what_threads_hand_over_leaves_turns_to_others(self) -> None:
+        async def main() -> list[str]:
+            loop = asyncio.get_running_loop()
+            order: list[str] = []
+            handover = webchannels.Handover(loop, 10 ** 9)
+
+            def ours() -> None:
+                time.sleep(0.001)
+                order.append("ours")
+            for _ in range(50):
+                handover.give(ours)
+            loop.call_soon(order.append, "another's")
+            while len(order) < 51:
+                await asyncio.sleep(0)
+            return order
+        self.assertLess(asyncio.run(main()).index("another's"), 50)
+
+    def test_a_thread_that_is_ahead_waits_while_the_loop_catches_up(self) -> None:
+        async def main() -> int:
+            most, loop = 0, asyncio.get_running_loop()
+            handover = webchannels.Handover(loop, 10 ** 9)
+
+            def flood() -> None:
+                nonlocal most
+                for _ in range(100):
+                    handover.give(lambda: time.sleep(0.002), 20_000)
+                    most = max(most, len(handover._calls))
+            await loop.run_in_executor(None, flood)
+            return most
+        self.assertLess(asyncio.run(main()), 10)  # of 20,000 bytes, not much more than _AHEAD
+
     def test_a_wake_up_that_never_came(self) -> None:
         client = self.subscribed()
         assert self.app._handover
