@@ -3674,6 +3674,37 @@ class ThreadsTest(ServerTest):
         self.assertEqual(client.recv_close()[0], 1001)
         thread.join(10)
 
+    def test_what_threads_hand_over_leaves_turns_to_others(self) -> None:
+        async def main() -> list[str]:
+            loop = asyncio.get_running_loop()
+            order: list[str] = []
+            handover = webchannels.Handover(loop, 10 ** 9)
+
+            def ours() -> None:
+                time.sleep(0.001)
+                order.append("ours")
+            for _ in range(50):
+                handover.give(ours)
+            loop.call_soon(order.append, "another's")
+            while len(order) < 51:
+                await asyncio.sleep(0)
+            return order
+        self.assertLess(asyncio.run(main()).index("another's"), 50)
+
+    def test_a_thread_that_is_ahead_waits_while_the_loop_catches_up(self) -> None:
+        async def main() -> int:
+            most, loop = 0, asyncio.get_running_loop()
+            handover = webchannels.Handover(loop, 10 ** 9)
+
+            def flood() -> None:
+                nonlocal most
+                for _ in range(100):
+                    handover.give(lambda: time.sleep(0.002), 20_000)
+                    most = max(most, len(handover.calls))
+            await loop.run_in_executor(None, flood)
+            return most
+        self.assertLess(asyncio.run(main()), 10)  # of 20,000 bytes, not much more than _AHEAD
+
     def test_a_wake_up_that_never_came(self) -> None:
         client = self.subscribed()
         assert self.app._handover
@@ -4302,21 +4333,26 @@ class UpAndDownTest(unittest.TestCase):
         self.assertEqual([], told)
 
     def test_it_listens_again_when_an_accept_has_failed(self) -> None:
-        app = self.app()
-        with serve(app) as url:
-            def fail() -> None:  # as asyncio.proactor_events does on Windows
-                sock = app._listening[0]
+        for secure in (False, True):
+            app, context = self.app(), None
+            if secure:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                with tempfile.TemporaryDirectory() as folder:
+                    context.load_cert_chain(certificate(Path(folder)))
+
+            def fail(app: WebChannels = app) -> None:  # as asyncio.proactor_events on Windows
                 assert app._loop
                 app._loop.call_exception_handler({
                     "message": "Accept failed on a socket", "exception": OSError(64, "x"),
-                    "socket": sock})
-                app._loop.remove_reader(sock)  # it closes it, too
-            with self.assertLogs("webchannels", "WARNING") as logs:
-                app._call(fail)
-            self.assertIn("listening again", logs.output[0])
-            self.assertEqual(request("GET", url).body, b"page")
-        with self.assertRaises(ConnectionRefusedError):
-            request("GET", url)
+                    "socket": app._listening[0]})
+                app._loop.remove_reader(app._listening[0])  # it closes it, too
+            with serve(app, ssl=context) as url:
+                with self.assertLogs("webchannels", "WARNING") as logs:
+                    app._call(fail)
+                self.assertIn("listening again", logs.output[0])
+                self.assertEqual(request("GET", url).body, b"page")
+            with self.assertRaises(ConnectionRefusedError):
+                request("GET", url)
 
     def test_the_loops_exception_handler(self) -> None:
         app, told = self.app(), []
@@ -4486,6 +4522,26 @@ print("after")
             self.assertEqual(status, 3)
             self.assertNotIn("after", said)
             self.assertIn("a handler raised SystemExit(3)", said)
+
+    def test_down_waits_for_the_end_of_the_loop(self) -> None:
+        app, ended, started = self.app(), threading.Event(), threading.Event()
+        tasks: list[asyncio.Future[None]] = []
+
+        async def last() -> None:
+            try:
+                started.set()
+                await asyncio.sleep(60)
+            finally:  # asyncio.run() cancels it, and waits for it
+                await asyncio.sleep(0.1)
+                ended.set()
+
+        @app.route("/start")
+        async def start() -> None:
+            tasks.append(asyncio.ensure_future(last()))
+        with serve(app) as url:
+            self.assertEqual(request("GET", url + "/start").status, 204)
+            self.assertTrue(started.wait(10))
+        self.assertTrue(ended.is_set())
 
     def test_down_in_a_signal_handler_that_interrupts_a_broadcast(self) -> None:
         app = self.app()

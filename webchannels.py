@@ -984,7 +984,8 @@ class Push:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
         check_size(settings, self._bodies[1])
 
-    def __len__(self) -> int:
+    def size(self) -> int:
+        """Bytes that it holds."""
         return sum(map(len, self._bodies))
 
     def frame(self, dialect: Dialect) -> bytes:
@@ -1359,7 +1360,7 @@ class ChannelClient(Connection):
         there = not (self._done or self._peer_done)
         if self._app._here():
             return there and self._push(push)
-        return there and self._app._give(functools.partial(self._push, push), len(push))
+        return there and self._app._give(functools.partial(self._push, push), push.size())
 
     @_on_loop
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -1820,8 +1821,9 @@ _MAX_OPEN = 10_000  # channels that anyone may subscribe to
 _TRIM = 1.0  # seconds from one time to the next that freed memory is given back
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 # What other threads hand over to the loop: see Handover.
-_AHEAD = 64 * 1024  # bytes; a thread that is so far ahead takes a nap with each call
+_AHEAD = 64 * 1024  # bytes; a thread that is so far ahead waits, while the loop makes its calls
 _NAP = 0.0005  # seconds
+_HOLD = 0.02  # seconds after the last call, from which on a handler seems to hold the loop
 _STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
 _HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
@@ -1832,15 +1834,16 @@ Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
 class Handover:
     """Calls that other threads hand over to an event loop, in order, with one wake-up for many.
 
-    Nobody waits for the loop here: it may wait for a lock that the thread holds. But a thread that
-    is ahead is slowed down, so that the loop catches up; and at the limit it waits a while.
+    A thread that is ahead waits, as long as the loop catches up. It does not wait for a handler,
+    which may want a lock that the thread holds; but at the limit it does, for a while.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
         self._loop, self._limit = loop, limit
-        # Its methods are atomic. A lock could be held by what a signal handler interrupts.
+        # Its methods are atomic, and suffice: a signal handler that interrupts the holder of a lock
+        # may wait for the loop, which then must not wait for that lock.
         self.calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
-        self._moved = 0.0  # when the loop was woken, or made a call
+        self._moved = self._woken_at = 0.0  # when the loop made a call, and when it was told to
         self._woken = self._taking = self._over = False
 
     def _waiting(self) -> int:
@@ -1853,25 +1856,27 @@ class Handover:
         """
         if self._over or self._loop.is_closed():
             return False
-        if size and self._waiting() > _AHEAD:
-            time.sleep(_NAP)
-            while self._waiting() > self._limit:
-                if time.monotonic() > self._moved + _STUCK:
-                    raise TimeoutError(_HELD)
-                time.sleep(_NAP)
+        while size and (ahead := self._waiting()) > _AHEAD:
+            time.sleep(_NAP)  # in which the loop may begin
+            now = time.monotonic()
+            stuck = now > max(self._moved, self._woken_at) + _STUCK
+            if ahead > self._limit and stuck:
+                raise TimeoutError(_HELD)
+            if ahead <= self._limit and (stuck or now > self._moved + _HOLD and not self._taking):
+                break
         self.calls.append((size + 1000, call))  # bytes, about, of what holds it
         if not self._woken:
-            self._woken, self._moved = True, time.monotonic()
+            self._woken, self._woken_at = True, time.monotonic()
             with contextlib.suppress(RuntimeError):  # it was closed just now
-                self._loop.call_soon_threadsafe(self.take)
+                self._loop.call_soon_threadsafe(self.take, _TURN)
         return not self._over
 
-    def take(self) -> None:
-        """Make the calls, in the thread of the loop."""
+    def take(self, turn: float = math.inf) -> None:
+        """Make the calls, in the thread of the loop; after so many seconds others have theirs."""
         self._woken = False  # first: whoever comes later wakes it again
         if self._taking:
             return
-        self._taking = True
+        self._taking, ends = True, time.monotonic() + turn
         for _ in range(len(self.calls)):
             call = self.calls.popleft()[1]
             try:
@@ -1879,6 +1884,10 @@ class Handover:
             except Exception:
                 logger.exception("what a thread handed over failed")
             self._moved = time.monotonic()
+            if self._moved > ends and self.calls:
+                self._woken = True
+                self._loop.call_soon(self.take, _TURN)
+                break
         self._taking = False
 
     def end(self) -> None:
@@ -2076,9 +2085,10 @@ class WebChannels:
         without, among = _ids(exclude), None if only is None else _ids(only)
         if self._here():
             return self._spread(pushes, without, among)
-        there = any(self._meant(name, without, among) for name in names)
+        count = sum(len(self._meant(name, without, among)) for name in names)
+        there = count > 0
         if there or self._bus:
-            size = sum(len(push) for _, push in pushes)
+            size = sum(push.size() for _, push in pushes) + 10 * count  # with a place in each queue
             spread = functools.partial(self._spread, pushes, without, among)
             there = self._give(spread, size) and there
         return there
@@ -2633,8 +2643,7 @@ class WebChannels:
         self.url = f"{scheme}://{shown}:{self.port}"
 
     async def _listen_again(self, sock: Any) -> None:
-        self._servers.append(await asyncio.start_server(
-            self._accept, backlog=1024, sock=sock, ssl=self._ssl))
+        self._servers.append(await asyncio.start_server(self._accept, backlog=1024, sock=sock))
 
     def down(self) -> None:
         """Stop: no new connections, a Close 1001 to every client, answers in flight finished.
@@ -2725,7 +2734,7 @@ class WebChannels:
     def _here(self) -> bool:
         """Is this the loop's thread? Then what others handed over before comes before."""
         here = threading.get_ident() == self._thread
-        if here and self._handover:
+        if here and self._handover and self._handover.calls:
             self._handover.take()
         return here
 
