@@ -41,6 +41,7 @@ import html
 import http.client
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -129,33 +130,29 @@ def printable(text: str, size: int = 500) -> str:
 class Sparing(logging.Filter):
     """Lets a kind of line into the log once in `_TELL_AGAIN` seconds, and counts the others.
 
-    A kind is what `extra={"kind": ...}` says (None: all are told), or else the line's template, and
-    with a traceback the places that it went through. So what a peer sends must be in the arguments.
+    A kind is what `extra={"kind": ...}` says (None: each is its own), or else the line's template,
+    and with a traceback the places that it went through. What a peer sends is in the arguments.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        # When each kind was told last, how many were not since then, their level, and the first.
-        self._kinds: dict[Any, tuple[float, int, int, str]] = {}
+        # How many of each kind were kept back since one was told, when that was, its level and text.
+        self._kinds: dict[Any, list[Any]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = getattr(record, "kind", record.msg)
-        if kind is not None:
-            error = record.exc_info and record.exc_info[1]
-            trace = traceback.walk_tb(error.__traceback__) if error else ()
-            places = frozenset([(frame.f_code, number) for frame, number in trace])
-            kind = str(kind), places if len(self._kinds) < 1000 else None
-            known = self._kinds.get(kind)
-            if known:
-                told, kept_back, level, line = known
-                self._kinds[kind] = told, kept_back + 1, level, line
-                return False
+        kind = getattr(record, "kind", str(record.msg)) or record
+        trace = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+        places = frozenset([(frame.f_code, number) for frame, number in trace])
+        kind = kind, places if len(self._kinds) < 1000 else None
+        known = self._kinds.get(kind)
+        if known:
+            known[0] += 1
+            return False
         text = record.getMessage()
         line = printable(text)
         if line != text:
             record.msg, record.args = line, None
-        if kind is not None:
-            self._kinds[kind] = time.monotonic(), 0, record.levelno, line
+        self._kinds[kind] = [0, time.monotonic(), record.levelno, line]
         if record.exc_info:  # logging makes a text of it only where there is none
             lines = logging.Formatter().formatException(record.exc_info).split("\n")
             lines = [*lines[:50], *lines[50:][-50:]]
@@ -164,7 +161,7 @@ class Sparing(logging.Filter):
 
     def tell_counts(self, now: float = math.inf) -> None:
         """Tell how many lines were kept back, where it is time for it; without `now`, of all."""
-        for kind, (told, kept_back, level, line) in list(self._kinds.items()):
+        for kind, (kept_back, told, level, line) in list(self._kinds.items()):
             if now >= told + _TELL_AGAIN:
                 self._kinds.pop(kind, None)  # unless another app's thread has done so
                 if kept_back:
@@ -288,7 +285,8 @@ class Router:
 
 _MAX_NAME = 256  # characters of a channel's or a message's name
 _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
-_ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
+# What a bracket does to the depth: 1, or 255, which as a signed byte is -1.
+_STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256)} - {*b'"[]{}'})
 
 
 class ChannelError(Exception):
@@ -353,17 +351,11 @@ def check_depth(text: str) -> None:
     """
     if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
         return
-    if text.count("[") + text.count("{") <= _MAX_DEPTH:
-        return
-    data = text.encode("utf-8", "replace").replace(b"\\\\", b"").replace(b'\\"', b"")
-    data = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")  # most strings are gone
-    brackets = b"".join(data.split(b'"')[::2])
-    for _ in range(8):  # this leaves little to look at one by one
-        brackets = brackets.replace(b"[]", b"")
-    depth = 0
-    for bracket in brackets:
-        depth += 1 if bracket == 91 else -1  # "["
-        if depth > _MAX_DEPTH:
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        data = text.replace(r"\\", "").replace(r'\"', "").encode("ascii", "ignore")
+        data = data.translate(_STEPS, _NO_STEPS).replace(b'""', b"")  # most strings are gone
+        steps = b"".join(data.split(b'"')[::2]).replace(b"\1\xff", b"")  # 1 and -1 cancel out
+        if max(itertools.accumulate(memoryview(steps).cast("b")), default=0) > _MAX_DEPTH:
             raise ValueError("JSON nested too deep")
 
 
