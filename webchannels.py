@@ -136,7 +136,7 @@ class Sparing(logging.Filter):
 
     def __init__(self) -> None:
         super().__init__()
-        # How many of each kind were kept back since one was told, when that was, its level and text.
+        # Of each kind: how many lines were kept back; when one was told, its level and text.
         self._kinds: dict[Any, list[Any]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -536,8 +536,7 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     What two readers might understand differently is refused, never repaired.
     """
     def until(end: bytes, limit: int, status: int) -> Any:
-        """Wait for `end`; return where it is. Raises 431 past the limit, or `status` on one line.
-        """
+        """Wait for `end`; return where it is. Raises 431 past the limit; on one line, `status`."""
         seen = 0
         while (at := buffer.find(end, seen, limit)) < 0:
             if _BAD_LINE_END.search(buffer, seen, limit):
@@ -552,33 +551,26 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
         body = bytearray()
-        at, end, size, count = 0, 0, -1, 0
-        while size:
-            count += 1
+        for count in itertools.count():
             if count > 1000 + len(body) // 16:  # the work is in their number
                 raise HTTPError(400, "Too many tiny chunks")
-            end = buffer.find(b"\r\n", at, at + 256)
-            if end < 0:
-                del buffer[:at]
-                at, end = 0, (yield from until(b"\r\n", 256, 400))
-            match = _CHUNK_SIZE.fullmatch(bytes(buffer[at:end]))
+            end = yield from until(b"\r\n", 256, 400)
+            match = _CHUNK_SIZE.fullmatch(bytes(buffer[:end]))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
-            if size:
-                start = end + 2
-                if len(buffer) < start + size + 2:
-                    del buffer[:start]
-                    start = 0
-                    while len(buffer) < size + 2:
-                        yield b""
-                at = start + size + 2
-                if buffer[at - 2:at] != b"\r\n":
-                    raise HTTPError(400, "Bad chunk")
-                body += buffer[start:at - 2]
-        del buffer[:end]
+            if not size:
+                break
+            del buffer[:end + 2]
+            while len(buffer) < size + 2:
+                yield b""
+            if buffer[size:size + 2] != b"\r\n":
+                raise HTTPError(400, "Bad chunk")
+            body += buffer[:size]
+            del buffer[:size + 2]
+        del buffer[:end]  # the trailer's fields begin with a line end
         end = yield from until(b"\r\n\r\n", settings.max_header_size, 431)
         if not _FIELDS.fullmatch(buffer[:end].decode("latin-1")):
             raise HTTPError(400, "Bad trailer")
@@ -595,24 +587,23 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         end = yield from until(b"\r\n\r\n", settings.max_header_size, 414)
         request = Request(buffer[:end].decode("latin-1"))
         length = request.headers.get("content-length", "0")
-        chunked = "transfer-encoding" in request.headers
         if not _LENGTH.fullmatch(length):
             raise HTTPError(400, "Bad Content-Length")
+        size = int(length)
+        chunked = "transfer-encoding" in request.headers
         if chunked:  # RFC 9112, 6.3
             codings = request.members("transfer-encoding")
             if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
                 raise HTTPError(400, "Bad Transfer-Encoding")
             if codings != ["chunked"]:
                 raise HTTPError(501, "Only chunked is implemented")
-        size = int(length)
         if size > settings.max_body_size:
             raise HTTPError(413)
         if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
             raise HTTPError(400, "HEAD has no body")
         del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
-        if size or chunked:
-            expect = request.headers.get("expect", "").lower()
-            if expect == "100-continue" and not (request.http_1_0 or buffer):
+        if (size or chunked) and not (request.http_1_0 or buffer):
+            if request.headers.get("expect", "").lower() == "100-continue":
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
         if chunked:
             request.body = yield from chunks()
