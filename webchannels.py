@@ -849,12 +849,8 @@ class FrameReader:
 class _Message:
     """A text or binary message of which not everything has arrived."""
 
-    __slots__ = ("_body", "_decoder", "_final_blocks", "arrived", "inflater", "number", "opcode",
-                 "size")
-
     def __init__(self, opcode: int, compressed: bool, number: int) -> None:
-        """`number` is that of its first frame."""
-        self.opcode, self.number = opcode, number
+        self.opcode, self.number = opcode, number  # that of its first frame
         self.arrived = self.size = 0  # bytes, before and after they are inflated
         self.inflater: Any = zlib.decompressobj(-15) if compressed else None
         self._final_blocks = 0
@@ -882,21 +878,16 @@ class _Message:
                 raise ProtocolError(1009, "inflates too much (config.max_inflation)")
             self._body += part
             if self.opcode == TEXT and (data or not last):  # else it is decoded at once
-                self._check(part)
+                self._decoder.decode(part)
+                # It refuses all that is bad at its first bad byte, but surrogates (ED A0 to ED BF)
+                # only at their third.
+                if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
+                    raise ProtocolError(1007, "text is not UTF-8")
         if not last:
             return None
         if self.inflater and not self.inflater.eof:
             raise ProtocolError(1007, "deflate data cut short")
         return self._body.decode() if self.opcode == TEXT else bytes(self._body)
-
-    def _check(self, part: bytes) -> None:
-        """Raises UnicodeDecodeError or ProtocolError for what is not UTF-8."""
-        if not part.isascii() or self._decoder.getstate()[0]:
-            self._decoder.decode(part)
-            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
-            # (ED A0 to ED BF) only at their third.
-            if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
-                raise ProtocolError(1007, "text is not UTF-8")
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
@@ -950,14 +941,11 @@ class Push:
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
-        frame = self._frames.get(dialect)
-        if frame is None:
-            body, bits = self._bodies[dialect[0]], dialect[1]
-            same = (body is self._bodies[True], bits)  # with a payload, both dialects are one
-            frame = self._frames.get(same) or encode_message(
-                self._opcode, body, bits, self._threshold)
-            self._frames[same] = self._frames[dialect] = frame
-        return frame
+        body, bits = self._bodies[dialect[0]], dialect[1]
+        key = body is self._bodies[True], bits  # with a payload, both bodies are one
+        if key not in self._frames:
+            self._frames[key] = encode_message(self._opcode, body, bits, self._threshold)
+        return self._frames[key]
 
 
 def check_size(settings: Config, body: bytes) -> None:
