@@ -68,8 +68,7 @@ __all__ = [
     "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
     "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
     "connected_clients", "disconnected_clients", "down", "on_connect", "on_disconnect", "params",
-    "route", "serve",
-    "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
+    "route", "serve", "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
 H = TypeVar("H", bound=Callable[..., Any])
@@ -183,6 +182,7 @@ _SEGMENTS: dict[type, re.Pattern[str]] = {
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
     str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
+Found = tuple[dict[str, "Endpoint"], tuple[Any, ...]]  # by method; the values in the path
 
 
 def _parse_segment(segment: str) -> tuple[str, type]:
@@ -233,9 +233,6 @@ class Endpoint:
             raise RuntimeError(f"{self.name} raised StopIteration") from error
 
 
-Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
-
-
 class Router:
     """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints, for routes and for channels.
 
@@ -258,10 +255,7 @@ class Router:
             self._static[path] = (endpoints, ())
 
     def find(self, path: str, decode: bool = False) -> Found | None:
-        """The endpoints at `path`, by method, and the values of its typed segments.
-
-        `decode`: the path is percent-encoded. Raises UnicodeDecodeError if that is not UTF-8.
-        """
+        """What is at `path`, which may have to be decoded. Raises UnicodeDecodeError."""
         if path in self._static:
             return self._static[path]
         segments = path.split("/")[1:]
@@ -290,10 +284,7 @@ _STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256
 
 
 class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told its text, up to 8,192 characters.
-
-    Example: raise ChannelError("Full")
-    """
+    """What a sender is told, of up to 8,192 characters. Example: raise ChannelError("Full")"""
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
@@ -307,10 +298,7 @@ _quote = _encoder.encode
 
 
 def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON as JavaScript's own makes it: NaN and the infinities become null.
-
-    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
-    """
+    """JSON, with null for NaN and the infinities as in JavaScript. Raises TypeError, ValueError."""
     encoder = _encoder if default is None else _json(default=default)
     try:
         text = encoder.encode(value)
@@ -345,10 +333,7 @@ def load_json(text: str) -> Any:
 
 
 def check_depth(text: str) -> None:
-    """Raises ValueError for a JSON text that is nested deeper than `_MAX_DEPTH`.
-
-    Its decoder is recursive C, which on some Pythons would rather crash than say so.
-    """
+    """Raises ValueError past `_MAX_DEPTH`, where the decoder, recursive C, might crash."""
     if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
         return
     if text.count("[") + text.count("{") > _MAX_DEPTH:
@@ -466,8 +451,7 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
-        The body of a GET says nothing (RFC 9110, 9.3.1).
-        Raises HTTPError 400 for what cannot be read. Example: request.params()
+        Not the body of a GET (RFC 9110, 9.3.1). Raises HTTPError 400. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not self.body or self.method == "GET":
@@ -731,10 +715,7 @@ class FrameReader:
         self._credit = _CREDIT
 
     def unfinished(self) -> tuple[int, int]:
-        """The number of the frame that began what has not fully arrived, and how much of it has.
-
-        (0, 0): nothing was begun. What arrived of control frames inside of a message is not told.
-        """
+        """The number of the frame that began what is incomplete, and its size so far; or (0, 0)."""
         if self._message:
             return self._message.number, self._message.arrived
         return (self.frames + 1, len(self._rest)) if self._rest else (0, 0)
@@ -1629,9 +1610,8 @@ class RedisBus(Bus):
     async def start(self) -> None:
         self._channels: set[bytes] = set()  # by their names at Redis
         self._queue: collections.deque[bytes] = collections.deque()
-        self._held, self._dropped, self._ready = 0, 0, False
+        self._held, self._dropped, self._ready = 0, 0, True
         await self._connect()
-        self._ready = True
         self._keeping = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
@@ -1702,12 +1682,11 @@ class RedisBus(Bus):
         while True:
             while not (await asyncio.wait([self._reading], timeout=_PATIENCE))[0]:
                 if self._silent:
-                    self._reading.cancel()
+                    self._abort()
                 self._silent = True
                 self._write(b"PING")
-            why = "no answer" if self._reading.cancelled() else self._reading.result()
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                           *self._where, why, self._limit, extra=ALWAYS)
+                           *self._where, self._reading.result(), self._limit, extra=ALWAYS)
             self._ready, pause = False, _RETRY / 8
             while not self._ready:
                 self._abort()
@@ -1743,7 +1722,7 @@ class RedisBus(Bus):
                 if len(data) > (self._limit if match else 9999) or not match and b"\r\n" in data:
                     return f"it said {data[:200]!r}"
                 self._write()  # Redis has read: there may be room again
-        return "it hung up"
+        return "no answer" if self._silent else "it hung up"
 
     def _abort(self) -> None:
         if self._writer:
