@@ -516,8 +516,7 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     """Read HTTP/1.1 requests (RFC 9112) from `buffer`, to which bytes are added between the steps.
 
     Yields None while no request has begun, what to send (mostly nothing) while one is incomplete,
-    then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
-    What two readers might understand differently is refused, never repaired.
+    then the Request. Raises HTTPError, which ends it: what might mean two things is refused.
     """
     def until(end: bytes, limit: int, status: int) -> Any:
         """Wait for `end`; return where it is. Raises 431 past the limit; on one line, `status`."""
@@ -657,10 +656,9 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
 def negotiate_deflate(header: str) -> tuple[str, int]:
     """The answer to the first offer that can be met, and the server's window bits; or ("", 0).
 
-    Neither side takes over context (RFC 7692, 7.1.1): an idle client then costs no zlib state,
-    and a broadcast is deflated once for all. So that it is not deflated for each window size, who
-    asks for a smaller one gets the smallest. An offer with a parameter that is unknown, repeated
-    or out of range is declined (7.1), and so is a server window of 8 bits: zlib has none.
+    Neither side takes over context (RFC 7692, 7.1.1): an idle client costs no zlib state, and a
+    broadcast is deflated once for all. Or twice: who asks for a smaller window gets the smallest.
+    What is unknown, repeated or out of range is declined (7.1), and so are 8 bits: zlib has none.
     """
     for offer in header.split(","):
         name, *parts = offer.split(";")
@@ -1610,7 +1608,7 @@ class RedisBus(Bus):
     async def start(self) -> None:
         self._channels: set[bytes] = set()  # by their names at Redis
         self._queue: collections.deque[bytes] = collections.deque()
-        self._held, self._dropped, self._ready = 0, 0, True
+        self._held, self._ready = 0, True
         await self._connect()
         self._keeping = asyncio.ensure_future(self._keep())
 
@@ -1629,7 +1627,7 @@ class RedisBus(Bus):
             self._write()
         while self._held > self._limit:
             self._held -= len(self._queue.popleft())
-            self._dropped += 1
+            logger.warning("the oldest broadcast that waited for Redis is dropped")
 
     def listen(self, channel: str, wanted: bool) -> None:
         (self._channels.add if wanted else self._channels.discard)(self._name(channel))
@@ -1645,11 +1643,8 @@ class RedisBus(Bus):
         unsent = self._writer.transport.get_write_buffer_size()
         if self._queue and self._ready and unsent < behind:
             self._writer.write(b"".join(self._queue))
-            if self._dropped:
-                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped,
-                               extra=ALWAYS)
             self._queue.clear()
-            self._held = self._dropped = 0
+            self._held = 0
         if command:
             self._writer.write(_command(*command))
 
