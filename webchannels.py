@@ -88,8 +88,7 @@ class Config:
     default_channel: str = "____"  # the channel of channels_support()
     # Whose pages may connect and post. None: same origin only; ["https://example.com"]; "*": any.
     allowed_origins: str | Sequence[str] | None = None
-    # The Host names that are answered. None: on a loopback address only loopback names (this
-    # stops DNS rebinding), elsewhere any; or a list, such as ["example.com"].
+    # The Host names that are answered. None: any, but on loopback only its own (DNS rebinding).
     allowed_hosts: Sequence[str] | None = None
     max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
     max_body_size: int = 1024 * 1024  # of a request; past it 413
@@ -108,8 +107,7 @@ class Config:
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
     json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
-    # redis://[[user]:password@]host[:port][/name], or rediss:// for TLS: broadcasts reach all
-    # processes with this Redis (6 or later) and this name or number; see RedisBus.
+    # redis[s]://[[user]:password@]host[:port][/name]: broadcasts reach all processes that share it.
     redis_url: str | None = field(default=None, repr=False)
     bus: Bus | None = None  # what carries broadcasts in place of Redis
 
@@ -126,7 +124,7 @@ def printable(text: str, size: int = 500) -> str:
     return "".join([each if each.isprintable() else repr(each)[1:-1] for each in text])
 
 
-class Sparing(logging.Filter):
+class Sparing:
     """Lets a kind of line into the log once in `_TELL_AGAIN` seconds, and counts the others.
 
     A kind is what `extra={"kind": ...}` says (None: each is its own), or else the line's template,
@@ -134,7 +132,6 @@ class Sparing(logging.Filter):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         # Of each kind: how many lines were kept back; when one was told, its level and text.
         self._kinds: dict[Any, list[Any]] = {}
 
@@ -170,7 +167,7 @@ class Sparing(logging.Filter):
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
 logger = logging.getLogger("webchannels")
 sparing = Sparing()
-logger.addFilter(sparing)
+logger.addFilter(sparing.filter)
 
 
 # ------------------------------------------------------------------------------------- router
@@ -326,10 +323,7 @@ def check_name(channel: str) -> None:
 def load_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for what is none, or is nested too deep."""
     check_depth(text)
-    try:
-        return _decoder.decode(text)
-    except RecursionError:  # of a handler that is deep in a recursion itself
-        raise ValueError("JSON nested too deep") from None
+    return _decoder.decode(text)
 
 
 def check_depth(text: str) -> None:
