@@ -527,8 +527,8 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
 
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
-        body = bytearray()
-        for count in itertools.count():
+        body, end = bytearray(), 0
+        for count in itertools.count(1):
             if count > 1000 + len(body) // 16:  # the work is in their number
                 raise HTTPError(400, "Too many tiny chunks")
             end = yield from until(b"\r\n", 256, 400)
