@@ -273,7 +273,6 @@ class Router:
 
 # ----------------------------------------------------------------------------------- messages
 
-
 _MAX_NAME = 256  # characters of a channel's or a message's name
 _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
 # What a bracket does to the depth: 1, or 255, which as a signed byte is -1.
@@ -281,7 +280,7 @@ _STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256
 
 
 class ChannelError(Exception):
-    """What a sender is told, of up to 8,192 characters. Example: raise ChannelError("Full")"""
+    """For handlers; the sender is told up to 8,192 characters. Example: raise ChannelError("Full")"""
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
