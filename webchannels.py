@@ -41,6 +41,7 @@ import html
 import http.client
 import inspect
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -68,8 +69,7 @@ __all__ = [
     "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
     "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
     "connected_clients", "disconnected_clients", "down", "on_connect", "on_disconnect", "params",
-    "route", "serve",
-    "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
+    "route", "serve", "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
 H = TypeVar("H", bound=Callable[..., Any])
@@ -89,8 +89,7 @@ class Config:
     default_channel: str = "____"  # the channel of channels_support()
     # Whose pages may connect and post. None: same origin only; ["https://example.com"]; "*": any.
     allowed_origins: str | Sequence[str] | None = None
-    # The Host names that are answered. None: on a loopback address only loopback names (this
-    # stops DNS rebinding), elsewhere any; or a list, such as ["example.com"].
+    # The Host names that are answered. None: any, but on loopback only its own (DNS rebinding).
     allowed_hosts: Sequence[str] | None = None
     max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
     max_body_size: int = 1024 * 1024  # of a request; past it 413
@@ -110,8 +109,7 @@ class Config:
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
     json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
-    # redis://[[user]:password@]host[:port][/name], or rediss:// for TLS: broadcasts reach all
-    # processes with this Redis (6 or later) and this name or number; see RedisBus.
+    # redis[s]://[[user]:password@]host[:port][/name]: broadcasts reach all processes that share it.
     redis_url: str | None = field(default=None, repr=False)
     bus: Bus | None = None  # what carries broadcasts in place of Redis
 
@@ -128,36 +126,31 @@ def printable(text: str, size: int = 500) -> str:
     return "".join([each if each.isprintable() else repr(each)[1:-1] for each in text])
 
 
-class Sparing(logging.Filter):
+class Sparing:
     """Lets a kind of line into the log once in `_TELL_AGAIN` seconds, and counts the others.
 
-    A kind is what `extra={"kind": ...}` says (None: all are told), or else the line's template, and
-    with a traceback the places that it went through. So what a peer sends must be in the arguments.
+    A kind is what `extra={"kind": ...}` says (None: each is its own), or else the line's template,
+    and with a traceback the places that it went through. What a peer sends is in the arguments.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        # When each kind was told last, how many were not since then, their level, and the first.
-        self._kinds: dict[Any, tuple[float, int, int, str]] = {}
+        # Of each kind: how many lines were kept back; when one was told, its level and text.
+        self._kinds: dict[Any, list[Any]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        kind = getattr(record, "kind", record.msg)
-        if kind is not None:
-            error = record.exc_info and record.exc_info[1]
-            trace = traceback.walk_tb(error.__traceback__) if error else ()
-            places = frozenset([(frame.f_code, number) for frame, number in trace])
-            kind = str(kind), places if len(self._kinds) < 1000 else None
-            known = self._kinds.get(kind)
-            if known:
-                told, kept_back, level, line = known
-                self._kinds[kind] = told, kept_back + 1, level, line
-                return False
+        kind = getattr(record, "kind", str(record.msg)) or record
+        trace = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
+        places = frozenset([(frame.f_code, number) for frame, number in trace])
+        kind = kind, places if len(self._kinds) < 1000 else None
+        known = self._kinds.get(kind)
+        if known:
+            known[0] += 1
+            return False
         text = record.getMessage()
         line = printable(text)
         if line != text:
             record.msg, record.args = line, None
-        if kind is not None:
-            self._kinds[kind] = time.monotonic(), 0, record.levelno, line
+        self._kinds[kind] = [0, time.monotonic(), record.levelno, line]
         if record.exc_info:  # logging makes a text of it only where there is none
             lines = logging.Formatter().formatException(record.exc_info).split("\n")
             lines = [*lines[:50], *lines[50:][-50:]]
@@ -166,7 +159,7 @@ class Sparing(logging.Filter):
 
     def tell_counts(self, now: float = math.inf) -> None:
         """Tell how many lines were kept back, where it is time for it; without `now`, of all."""
-        for kind, (told, kept_back, level, line) in list(self._kinds.items()):
+        for kind, (kept_back, told, level, line) in list(self._kinds.items()):
             if now >= told + _TELL_AGAIN:
                 self._kinds.pop(kind, None)  # unless another app's thread has done so
                 if kept_back:
@@ -176,7 +169,7 @@ class Sparing(logging.Filter):
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
 logger = logging.getLogger("webchannels")
 sparing = Sparing()
-logger.addFilter(sparing)
+logger.addFilter(sparing.filter)
 
 
 # ------------------------------------------------------------------------------------- router
@@ -188,6 +181,7 @@ _SEGMENTS: dict[type, re.Pattern[str]] = {
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
     str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
+Found = tuple[dict[str, "Endpoint"], tuple[Any, ...]]  # by method; the values in the path
 
 
 def _parse_segment(segment: str) -> tuple[str, type]:
@@ -247,9 +241,6 @@ class Endpoint:
             raise RuntimeError(f"{self.name} raised StopIteration") from error
 
 
-Found = tuple[dict[str, Endpoint], tuple[Any, ...]]
-
-
 class Router:
     """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints, for routes and for channels.
 
@@ -271,10 +262,7 @@ class Router:
             self._static[path] = (endpoints, ())
 
     def find(self, path: str, decode: bool = False) -> Found | None:
-        """The endpoints at `path`, by method, and the values of its typed segments.
-
-        `decode`: the path is percent-encoded. Raises UnicodeDecodeError if that is not UTF-8.
-        """
+        """What is at `path`, which may have to be decoded. Raises UnicodeDecodeError."""
         if path in self._static:
             return self._static[path]
         segments = path.split("/")[1:]
@@ -295,18 +283,14 @@ class Router:
 
 # ----------------------------------------------------------------------------------- messages
 
-
 _MAX_NAME = 256  # characters of a channel's or a message's name
 _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
-_RUNS = re.compile(rb"(\[*)(\]*)")
-_ONE_KIND, _NO_BRACKETS = bytes.maketrans(b"{}", b"[]"), bytes({*range(256)} - {*b'"[]{}'})
+# What a bracket does to the depth: 1, or 255, which as a signed byte is -1.
+_STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256)} - {*b'"[]{}'})
 
 
 class ChannelError(Exception):
-    """Raised by a channel's handler: the sender is told its text, up to 8,192 characters.
-
-    Example: raise ChannelError("Full")
-    """
+    """For handlers; the sender is told up to 8,192 characters. Example: raise ChannelError("Full")"""
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
@@ -320,10 +304,7 @@ _quote = _encoder.encode
 
 
 def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
-    """JSON as JavaScript's own makes it: NaN and the infinities become null.
-
-    Raises TypeError for what JSON does not know, ValueError for what is circular or too deep.
-    """
+    """JSON, with null for NaN and the infinities as in JavaScript. Raises TypeError, ValueError."""
     encoder = _encoder if default is None else _json(default=default)
     try:
         text = encoder.encode(value)
@@ -358,32 +339,19 @@ def check_name(channel: str) -> None:
 def load_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError for what is none, or is nested too deep."""
     check_depth(text)
-    try:
-        return _decoder.decode(text)
-    except RecursionError:  # of a handler that is deep in a recursion itself
-        raise ValueError("JSON nested too deep") from None
+    return _decoder.decode(text)
 
 
 def check_depth(text: str) -> None:
-    """Raises ValueError for a JSON text that is nested deeper than `_MAX_DEPTH`.
-
-    Its decoder is recursive C, which on some Pythons would rather crash than say so.
-    """
+    """Raises ValueError past `_MAX_DEPTH`, where the decoder, recursive C, might crash."""
     if text.find("[", _MAX_DEPTH) < 0 and text.find("{", _MAX_DEPTH) < 0:
         return
-    if text.count("[") + text.count("{") <= _MAX_DEPTH:
-        return
-    data = text.encode("utf-8", "replace").replace(b"\\\\", b"").replace(b'\\"', b"")
-    data = data.translate(_ONE_KIND, _NO_BRACKETS).replace(b'""', b"")  # most strings are gone
-    brackets = b"".join(data.split(b'"')[::2])
-    for _ in range(8):  # this leaves little to look at one by one
-        brackets = brackets.replace(b"[]", b"")
-    depth = 0
-    for opening, closing in _RUNS.findall(brackets):
-        depth += len(opening)
-        if depth > _MAX_DEPTH:
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
+        data = text.replace(r"\\", "").replace(r'\"', "").encode("ascii", "ignore")
+        data = data.translate(_STEPS, _NO_STEPS).replace(b'""', b"")  # most strings are gone
+        steps = b"".join(data.split(b'"')[::2]).replace(b"\1\xff", b"")  # 1 and -1 cancel out
+        if max(itertools.accumulate(memoryview(steps).cast("b")), default=0) > _MAX_DEPTH:
             raise ValueError("JSON nested too deep")
-        depth -= len(closing)
 
 
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
@@ -493,8 +461,7 @@ class Request:
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
 
-        The body of a GET says nothing (RFC 9110, 9.3.1).
-        Raises HTTPError 400 for what cannot be read. Example: request.params()
+        Not the body of a GET (RFC 9110, 9.3.1). Raises HTTPError 400. Example: request.params()
         """
         kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if not self.body or self.method == "GET":
@@ -559,12 +526,10 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
     """Read HTTP/1.1 requests (RFC 9112) from `buffer`, to which bytes are added between the steps.
 
     Yields None while no request has begun, what to send (mostly nothing) while one is incomplete,
-    then the Request. Raises HTTPError; then nothing more may be read. It does no I/O.
-    What two readers might understand differently is refused, never repaired.
+    then the Request. Raises HTTPError, which ends it: what might mean two things is refused.
     """
     def until(end: bytes, limit: int, status: int) -> Any:
-        """Wait for `end`; return where it is. Raises 431 past the limit, or `status` on one line.
-        """
+        """Wait for `end`; return where it is. Raises 431 past the limit; on one line, `status`."""
         seen = 0
         while (at := buffer.find(end, seen, limit)) < 0:
             if _BAD_LINE_END.search(buffer, seen, limit):
@@ -578,34 +543,27 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
 
     def chunks() -> Any:
         """Take a chunked body (RFC 9112, 7.1)."""
-        body = bytearray()
-        at, end, size, count = 0, 0, -1, 0
-        while size:
-            count += 1
+        body, end = bytearray(), 0
+        for count in itertools.count(1):
             if count > 1000 + len(body) // 16:  # the work is in their number
                 raise HTTPError(400, "Too many tiny chunks")
-            end = buffer.find(b"\r\n", at, at + 256)
-            if end < 0:
-                del buffer[:at]
-                at, end = 0, (yield from until(b"\r\n", 256, 400))
-            match = _CHUNK_SIZE.fullmatch(bytes(buffer[at:end]))
+            end = yield from until(b"\r\n", 256, 400)
+            match = _CHUNK_SIZE.fullmatch(bytes(buffer[:end]))
             if not match:
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
                 raise HTTPError(413)
-            if size:
-                start = end + 2
-                if len(buffer) < start + size + 2:
-                    del buffer[:start]
-                    start = 0
-                    while len(buffer) < size + 2:
-                        yield b""
-                at = start + size + 2
-                if buffer[at - 2:at] != b"\r\n":
-                    raise HTTPError(400, "Bad chunk")
-                body += buffer[start:at - 2]
-        del buffer[:end]
+            if not size:
+                break
+            del buffer[:end + 2]
+            while len(buffer) < size + 2:
+                yield b""
+            if buffer[size:size + 2] != b"\r\n":
+                raise HTTPError(400, "Bad chunk")
+            body += buffer[:size]
+            del buffer[:size + 2]
+        del buffer[:end]  # the trailer's fields begin with a line end
         end = yield from until(b"\r\n\r\n", settings.max_header_size, 431)
         if not _FIELDS.fullmatch(buffer[:end].decode("latin-1")):
             raise HTTPError(400, "Bad trailer")
@@ -622,24 +580,23 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
         end = yield from until(b"\r\n\r\n", settings.max_header_size, 414)
         request = Request(buffer[:end].decode("latin-1"))
         length = request.headers.get("content-length", "0")
-        chunked = "transfer-encoding" in request.headers
         if not _LENGTH.fullmatch(length):
             raise HTTPError(400, "Bad Content-Length")
+        size = int(length)
+        chunked = "transfer-encoding" in request.headers
         if chunked:  # RFC 9112, 6.3
             codings = request.members("transfer-encoding")
             if "content-length" in request.headers or request.http_1_0 or "chunked" in codings[:-1]:
                 raise HTTPError(400, "Bad Transfer-Encoding")
             if codings != ["chunked"]:
                 raise HTTPError(501, "Only chunked is implemented")
-        size = int(length)
         if size > settings.max_body_size:
             raise HTTPError(413)
         if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
             raise HTTPError(400, "HEAD has no body")
         del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
-        if size or chunked:
-            expect = request.headers.get("expect", "").lower()
-            if expect == "100-continue" and not (request.http_1_0 or buffer):
+        if (size or chunked) and not (request.http_1_0 or buffer):
+            if request.headers.get("expect", "").lower() == "100-continue":
                 yield b"HTTP/1.1 100 Continue\r\n\r\n"
         if chunked:
             request.body = yield from chunks()
@@ -709,10 +666,9 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
 def negotiate_deflate(header: str) -> tuple[str, int]:
     """The answer to the first offer that can be met, and the server's window bits; or ("", 0).
 
-    Neither side takes over context (RFC 7692, 7.1.1): an idle client then costs no zlib state,
-    and a broadcast is deflated once for all. So that it is not deflated for each window size, who
-    asks for a smaller one gets the smallest. An offer with a parameter that is unknown, repeated
-    or out of range is declined (7.1), and so is a server window of 8 bits: zlib has none.
+    Neither side takes over context (RFC 7692, 7.1.1): an idle client costs no zlib state, and a
+    broadcast is deflated once for all. Or twice: who asks for a smaller window gets the smallest.
+    What is unknown, repeated or out of range is declined (7.1), and so are 8 bits: zlib has none.
     """
     for offer in header.split(","):
         name, *parts = offer.split(";")
@@ -767,10 +723,7 @@ class FrameReader:
         self._credit = _CREDIT
 
     def unfinished(self) -> tuple[int, int]:
-        """The number of the frame that began what has not fully arrived, and how much of it has.
-
-        (0, 0): nothing was begun. What arrived of control frames inside of a message is not told.
-        """
+        """The number of the frame that began what is incomplete, and its size so far; or (0, 0)."""
         if self._message:
             return self._message.number, self._message.arrived
         return (self.frames + 1, len(self._rest)) if self._rest else (0, 0)
@@ -885,12 +838,8 @@ class FrameReader:
 class _Message:
     """A text or binary message of which not everything has arrived."""
 
-    __slots__ = ("_body", "_decoder", "_final_blocks", "arrived", "inflater", "number", "opcode",
-                 "size")
-
     def __init__(self, opcode: int, compressed: bool, number: int) -> None:
-        """`number` is that of its first frame."""
-        self.opcode, self.number = opcode, number
+        self.opcode, self.number = opcode, number  # that of its first frame
         self.arrived = self.size = 0  # bytes, before and after they are inflated
         self.inflater: Any = zlib.decompressobj(-15) if compressed else None
         self._final_blocks = 0
@@ -918,21 +867,16 @@ class _Message:
                 raise ProtocolError(1009, "inflates too much (config.max_inflation)")
             self._body += part
             if self.opcode == TEXT and (data or not last):  # else it is decoded at once
-                self._check(part)
+                self._decoder.decode(part)
+                # It refuses all that is bad at its first bad byte, but surrogates (ED A0 to ED BF)
+                # only at their third.
+                if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
+                    raise ProtocolError(1007, "text is not UTF-8")
         if not last:
             return None
         if self.inflater and not self.inflater.eof:
             raise ProtocolError(1007, "deflate data cut short")
         return self._body.decode() if self.opcode == TEXT else bytes(self._body)
-
-    def _check(self, part: bytes) -> None:
-        """Raises UnicodeDecodeError or ProtocolError for what is not UTF-8."""
-        if not part.isascii() or self._decoder.getstate()[0]:
-            self._decoder.decode(part)
-            # Python's decoder refuses whatever else is bad at its first bad byte, but surrogates
-            # (ED A0 to ED BF) only at their third.
-            if b"\xed\xa0" <= self._decoder.getstate()[0] < b"\xee":
-                raise ProtocolError(1007, "text is not UTF-8")
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
@@ -990,14 +934,11 @@ class Push:
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
-        frame = self._frames.get(dialect)
-        if frame is None:
-            body, bits = self._bodies[dialect[0]], dialect[1]
-            same = (body is self._bodies[True], bits)  # with a payload, both dialects are one
-            frame = self._frames.get(same) or encode_message(
-                self._opcode, body, bits, self._threshold)
-            self._frames[same] = self._frames[dialect] = frame
-        return frame
+        body, bits = self._bodies[dialect[0]], dialect[1]
+        key = body is self._bodies[True], bits  # with a payload, both bodies are one
+        if key not in self._frames:
+            self._frames[key] = encode_message(self._opcode, body, bits, self._threshold)
+        return self._frames[key]
 
 
 def check_size(settings: Config, body: bytes) -> None:
@@ -1688,9 +1629,8 @@ class RedisBus(Bus):
     async def start(self) -> None:
         self._channels: set[bytes] = set()  # by their names at Redis
         self._queue: collections.deque[bytes] = collections.deque()
-        self._held, self._dropped, self._ready = 0, 0, False
+        self._held, self._ready = 0, True
         await self._connect()
-        self._ready = True
         self._keeping = asyncio.ensure_future(self._keep())
 
     async def stop(self) -> None:
@@ -1708,7 +1648,7 @@ class RedisBus(Bus):
             self._write()
         while self._held > self._limit:
             self._held -= len(self._queue.popleft())
-            self._dropped += 1
+            logger.warning("the oldest broadcast that waited for Redis is dropped")
 
     def listen(self, channel: str, wanted: bool) -> None:
         (self._channels.add if wanted else self._channels.discard)(self._name(channel))
@@ -1724,11 +1664,8 @@ class RedisBus(Bus):
         unsent = self._writer.transport.get_write_buffer_size()
         if self._queue and self._ready and unsent < behind:
             self._writer.write(b"".join(self._queue))
-            if self._dropped:
-                logger.warning("%d broadcasts for Redis were dropped, the oldest", self._dropped,
-                               extra=ALWAYS)
             self._queue.clear()
-            self._held = self._dropped = 0
+            self._held = 0
         if command:
             self._writer.write(_command(*command))
 
@@ -1761,12 +1698,11 @@ class RedisBus(Bus):
         while True:
             while not (await asyncio.wait([self._reading], timeout=_PATIENCE))[0]:
                 if self._silent:
-                    self._reading.cancel()
+                    self._abort()
                 self._silent = True
                 self._write(b"PING")
-            why = "no answer" if self._reading.cancelled() else self._reading.result()
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
-                           *self._where, why, self._limit, extra=ALWAYS)
+                           *self._where, self._reading.result(), self._limit, extra=ALWAYS)
             self._ready, pause = False, _RETRY / 8
             while not self._ready:
                 self._abort()
@@ -1802,7 +1738,7 @@ class RedisBus(Bus):
                 if len(data) > (self._limit if match else 9999) or not match and b"\r\n" in data:
                     return f"it said {data[:200]!r}"
                 self._write()  # Redis has read: there may be room again
-        return "it hung up"
+        return "no answer" if self._silent else "it hung up"
 
     def _abort(self) -> None:
         if self._writer:
