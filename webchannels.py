@@ -1474,7 +1474,8 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
-        self._app._here()  # what the handler's threads sent comes before
+        if message != "subscribe":  # which is confirmed before anything is pushed
+            self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
         text = result if isinstance(result, str) and not v1 else None
         if text is None:
