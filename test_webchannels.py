@@ -3661,6 +3661,16 @@ class ThreadsTest(ServerTest):
             self.assertEqual([client.recv_json()["message"] for _ in range(102)],
                              [*map(str, range(101)), "done"])
 
+    def test_a_subscription_is_confirmed_before_anything_is_pushed(self) -> None:
+        @self.app.channel("/room/subscribe")
+        def guard(client: ChannelClient) -> str:
+            self.app.subscribe(client, "room")
+            thread = threading.Thread(target=self.app.broadcast, args=("room", "push"))
+            thread.start()
+            thread.join(5)
+            return "Subscription: OK"
+        self.assertEqual(self.subscribed("room").recv_json()["message"], "push")
+
     def test_down_sends_what_was_handed_over_before(self) -> None:
         client = self.subscribed()
         with self.held(client):

@@ -290,7 +290,10 @@ _STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256
 
 
 class ChannelError(Exception):
-    """For handlers; the sender is told up to 8,192 characters. Example: raise ChannelError("Full")"""
+    """For handlers: the sender is told it, up to 8,192 characters.
+
+    Example: raise ChannelError("Full")
+    """
 
 
 # int() raises ValueError: for NaN and the infinities, which are no JSON, and for integers of over
@@ -1072,6 +1075,7 @@ class HTTPConnection(Connection):
             self._transport.abort()
         elif app._ssl:
             self._done = True  # nothing is answered yet
+            self._transport.pause_reading()  # it is the handshake that reads
             self._task = asyncio.ensure_future(self._secure(app._ssl))
         else:
             self._transport.set_protocol(self)
@@ -1425,8 +1429,8 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
-        if self._app._handover and self._app._handover.calls:
-            self._app._handover.take()  # what the handler's threads sent comes before
+        if message != "subscribe":  # which is confirmed before anything is pushed
+            self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
         text = result if isinstance(result, str) and not v1 else None
         if text is None:
