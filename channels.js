@@ -16,7 +16,7 @@ var WebChannels = (() => {
   const { origin } = page
   // By the prototype: an element with a name hides what the document has.
   const ofDocument = (name = '') => Reflect.get(Document.prototype, name, document)
-  const script = ofDocument('currentScript')?.dataset ?? {} // a module has none
+  const script = { __proto__: null, ...ofDocument('currentScript')?.dataset } // its own only
   const base = origin === 'null' ? location.href : origin // about:srcdoc is no base
   let address = script.path || '/'
   try { address = new URL(address, base).href.replace(/^http/, 'ws') } catch { } // connect() tells
@@ -43,7 +43,8 @@ var WebChannels = (() => {
 
   const enter = (/** @type {typeof state} */ next, type = '', detail = {}) => {
     const changed = next !== state
-    ofDocument('documentElement').dataset.webchannels = state = next
+    state = next
+    ofDocument('documentElement')?.setAttribute('data-webchannels', next)
     if (type) emit(type, detail)
     if (changed && next === state) emit('state', next)
   }
@@ -82,7 +83,7 @@ var WebChannels = (() => {
     if (!socket) return connect()
     if (canSend()) failures = 0 // not before: a server may let us in and drop us
     trust--
-    if (trust === 0) transmit('')
+    if (trust === 0 && canSend()) transmit('')
     if (trust <= -PATIENCE) disconnect(1006, 'no sign of life')
   }
 
@@ -96,8 +97,7 @@ var WebChannels = (() => {
   const opened = () => {
     trust = TRUST
     subscriptions.forEach(renew)
-    for (const frame of queue.keys()) send(frame)
-    queue.clear()
+    for (const frame of queue.keys()) if (canSend() && queue.delete(frame)) send(frame)
     if (canSend()) enter('open', 'open')
   }
 
@@ -125,9 +125,8 @@ var WebChannels = (() => {
     for (const { reject } of requests.values()) reject(lost)
     if (final) {
       const closed = failure(`Closed: ${code} ${reason}`)
-      for (const { reject } of queue.keys()) reject(closed)
+      for (const { reject } of [...queue.keys(), ...subscriptions.values()]) reject(closed)
       queue.clear()
-      for (const { reject } of subscriptions.values()) reject(closed)
       subscriptions.forEach(deferred) // open() asks for them again
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
@@ -167,6 +166,7 @@ var WebChannels = (() => {
   }
 
   const renew = (/** @type {any} */ subscription) => {
+    if (!canSend()) return
     const { channel } = subscription
     const wanted = () => subscriptions.get(channel) === subscription
     clearTimeout(subscription.timer)
@@ -178,15 +178,11 @@ var WebChannels = (() => {
       if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
       if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
         const wait = delay(subscription.failures++)
-        subscription.timer = setTimeout(() => wanted() && canSend() && renew(subscription), wait)
+        subscription.timer = setTimeout(() => wanted() && renew(subscription), wait)
         emit('debug', { wait, channel })
-      } else drop(subscription, error)
+      } else if (subscriptions.delete(channel)) subscription.reject(error)
       complain({ error: error.message, channel, message: 'subscribe' })
     })
-  }
-  const drop = (/** @type {any} */ { channel, reject }, /** @type {Error} */ error) => {
-    subscriptions.delete(channel)
-    reject(error)
   }
 
   /** @typedef {(type: string, listener: (event: CustomEvent & { channel: string }) => void,
@@ -252,13 +248,14 @@ var WebChannels = (() => {
       const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
       if (!subscriptions.has(channel)) {
         subscriptions.set(channel, subscription)
-        if (canSend()) renew(subscription)
+        renew(subscription)
       }
       return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
     }
     /** @param {string} channel */
     async unsubscribe(channel) {
-      if (subscriptions.has(channel)) drop(subscriptions.get(channel), failure('Unsubscribed'))
+      subscriptions.get(channel)?.reject(failure('Unsubscribed'))
+      subscriptions.delete(channel)
       if (canSend()) await client.request(channel, 'unsubscribe', undefined, { timeout: Infinity })
         .catch(error => { if (!(error instanceof DOMException)) throw error }) // lost: it succeeded
     }

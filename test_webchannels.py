@@ -5860,6 +5860,31 @@ class InChromium(BrowserTest):
                         page.close()
         self.assertEqual(len(self.seen), 2 * len(elements))
 
+    def test_what_is_in_the_prototype_of_all_objects_is_no_address(self) -> None:
+        self.app.route("/client.js", lambda: Response(
+            self.app.channels_script(), content_type="text/javascript"))
+        for kind in "text/javascript", "module":
+            self.app.route(f"/{kind}", lambda kind=kind: f"""<script>
+                Object.prototype.path = 'http://127.0.0.1:9/', Object.prototype.channel = 'evil'
+                </script><script type={kind} src=/client.js></script>""")
+        with serve(self.app) as url:
+            for kind in "text/javascript", "module":
+                with self.subTest(kind):
+                    page = self.page(f"{url}/{kind}")
+                    self.assertEqual(page.evaluate("WebChannels.address"),
+                                     f"{url.replace('http', 'ws')}/")
+                    page.wait_console("Subscription ready")
+                    self.assertTrue(self.app.broadcast("____", "Hey!"))
+
+    def test_a_page_without_its_root_element(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + "<script>Math.random = () => 0.01</script>")
+            page.evaluate("(window.root = document.documentElement, root.remove())")
+            self.lose(page)
+            page.wait_for(OPEN)
+            self.heard(page, "again")
+            self.assertEqual(page.errors, [])
+
     def test_as_a_module(self) -> None:
         self.app.route("/channels.js", lambda: Response(
             self.app.channels_script(), content_type="text/javascript"))
@@ -6067,6 +6092,42 @@ class InChromium(BrowserTest):
                 return reply.catch(error => error.name) })()"""), "AbortError")
             self.assertEqual(page.evaluate("WebChannels.request('____', 'echo', 'x')"), "x")
             self.assertEqual(self.echoed, ["x"])
+
+    def test_a_listener_may_reconnect_while_what_waited_is_sent(self) -> None:
+        closed = "Closed: 1000"
+        with serve(self.app) as url:
+            for word, first in ("subscribe", closed), ("echo", "sent"):
+                page = self.live_page(url)
+                page.evaluate("""(window.sent = [], window.refused = [], window.word = 'WORD',
+                    window.send = payload => sent.push(WebChannels.sendMessageTo(
+                        '____', 'echo', payload).then(() => 'sent', error => error.message)),
+                    WebChannels.close(), WebChannels.open(), send(0), send(1),
+                    WebChannels.addEventListener('debug', ({ detail }) => {
+                        if (!word || !detail.out?.includes(word)) return
+                        word = ''
+                        WebChannels.close()
+                        WebChannels.open()
+                        send(2)
+                        WebChannels.subscribe('room').catch(error => refused.push(error.message))
+                    }), 0)""".replace("WORD", word))
+                page.wait_for("sent.length === 3")
+                self.assertEqual(page.evaluate("Promise.all(sent)"), [first, closed, "sent"])
+                page.evaluate("WebChannels.request('____', 'echo', 3)")
+                self.assertEqual([each for each in self.echoed if each], [2, 3])
+                self.assertEqual(page.evaluate("refused"), ["ERROR : 404 - Not found"])
+                self.echoed.clear()
+
+    def test_nothing_is_written_to_a_connection_that_closes(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, RECORD + """<script>
+                written = []
+                window.WebSocket = class extends WebSocket {
+                    constructor (...given) { super(...given); window.socket = this }
+                    send (frame) { written.push(this.readyState); super.send(frame) } }</script>""")
+            page.evaluate("(socket.close(), WebChannels.open())")  # which asks for a sign of life
+            page.wait_for(ANSWERED)
+            self.assertEqual(set(page.evaluate("written")), {1})
+            self.assertEqual(page.errors, [])
 
     def test_a_send_that_vanishes_is_noticed_within_three_ticks(self) -> None:
         with serve(self.app) as url:
