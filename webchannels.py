@@ -1075,7 +1075,6 @@ class HTTPConnection(Connection):
             self._transport.abort()
         elif app._ssl:
             self._done = True  # nothing is answered yet
-            self._transport.pause_reading()  # it is the handshake that reads
             self._task = asyncio.ensure_future(self._secure(app._ssl))
         else:
             self._transport.set_protocol(self)
@@ -2561,6 +2560,10 @@ class WebChannels:
         host = self.config.server_host if host is None else host
         where: dict[str, Any] = {"sock": sock} if sock else {
             "host": host, "port": port, "reuse_port": reuse_port}
+        if isinstance(self._loop, asyncio.BaseEventLoop):
+            self._ssl = ssl  # HTTPConnection shakes hands
+        elif ssl:  # others, such as uvloop, read before they can be told not to
+            where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
         try:
             server = await asyncio.start_server(  # start_serving: a cancel now would leak it
                 self._accept, backlog=1024, start_serving=False, **where)
@@ -2570,7 +2573,7 @@ class WebChannels:
                 hint = (f"port {port} on {host} is taken: stop what has it, or choose another: "
                         f"up({port + 1}), or a free one: up(0)")
             raise OSError(error.errno or errno.EADDRNOTAVAIL, hint) from None
-        self._servers, self._listening, self._ssl = [server], server.sockets, ssl
+        self._servers, self._listening = [server], server.sockets
         names = [each.getsockname() for each in server.sockets]
         self._local_only = all(isinstance(name, tuple) and is_loopback(name[0]) for name in names)
         scheme = "https" if ssl else "http"
@@ -2648,8 +2651,10 @@ class WebChannels:
                 if now - left >= settings.disconnected_ttl:
                     del self._left_at[client]
                     self._freed = True
-                elif client not in self._sockets and now - left > settings.abandoned_timeout:
+                elif (now - left > settings.abandoned_timeout and client.request.headers
+                        and client not in self._sockets):
                     client._let_go()
+                    self._freed = True
             if self._freed and now >= trim_at:
                 self._freed, trim_at = False, now + _TRIM
                 trim_memory()
