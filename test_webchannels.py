@@ -2159,6 +2159,17 @@ class BoundsTest(ServerTest):
             second.send_json(message)
             self.assertEqual(len(second.recv_text()), 10_000)
 
+    def test_a_loss_that_is_told_late_is_the_clients(self) -> None:
+        """TLS tells it to the protocol of a turn ago, which has become a client meanwhile."""
+        connections: list[Any] = []
+        self.app.config.ping_interval = 0
+        self.app.on_connect(lambda: connections.extend(self.app._http))
+        self.connect()
+        self.until(self.app.connected_clients)
+        assert self.app._loop
+        self.app._loop.call_soon_threadsafe(connections[0].connection_lost, None)
+        self.until(lambda: not self.app.connected_clients() and not self.app._sockets)
+
     def test_a_transport_that_cannot_read_any_more_is_no_error(self) -> None:
         """So it is with TLS before Python 3.11, when the socket is lost and it is not yet told."""
         transport = mock.Mock(resume_reading=mock.Mock(side_effect=AttributeError))

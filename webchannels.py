@@ -1094,7 +1094,7 @@ class Connection(asyncio.Protocol):
 class HTTPConnection(Connection):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
-    __slots__ = ("_address", "_begun", "_buffer", "_hungry", "_requests", "_unsent")
+    __slots__ = ("_address", "_begun", "_buffer", "_client", "_hungry", "_requests", "_unsent")
 
     def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
         super().__init__(app)
@@ -1106,6 +1106,7 @@ class HTTPConnection(Connection):
         self._hungry = True  # does it wait for more bytes?
         self._begun = False  # a part of a request is here
         self._unsent: bytes | memoryview = b""  # the rest of an answer
+        self._client: ChannelClient | None = None  # what it has become
         full = len(app._http) >= app.config.max_clients
         app._http.add(self)
         self._wait(app.config.keep_alive_timeout)
@@ -1159,6 +1160,8 @@ class HTTPConnection(Connection):
         return not self._done and bool(self._transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._client:  # TLS tells whoever had it a turn of the loop ago
+            self._client.connection_lost(exc)
         super().connection_lost(exc)
         self._done = True
         self._buffer.clear()
@@ -1226,6 +1229,7 @@ class HTTPConnection(Connection):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
             self._lost()  # as an HTTP connection: what is still due does nothing
+            self._client = answer
             answer._attach(self._writer, self._transport, self._reading)
             answer.data_received(bytes(self._buffer))  # it arrived behind the request
         else:
