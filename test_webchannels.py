@@ -2006,6 +2006,19 @@ class TimeLimitsTest(ServerTest):
         client.send_raw(whole[9:])
         self.assertEqual(client.recv_text(), "x")
 
+    def test_who_waits_for_long_is_given_signs_of_life(self) -> None:
+        """A page cannot see pongs, and what it asks with may wait behind what is not read."""
+        client = self.connect(subprotocol="webchannels.v1")
+        client.send_raw(frame(TEXT, b'{"channel":"____","message":"nothing"}')[:20])
+        self.assertEqual(client.recv_text(), "")
+        client.send_raw(frame(TEXT, b'{"channel":"____","message":"nothing"}')[20:])
+        client.send_json({"channel": "____", "message": "slow", "ref": 1})
+        client.send_frame(BINARY, bytes(500_000))  # more than is read while a handler is busy
+        said = [client.recv_text()]
+        while said[-1] != '{"ref":1,"payload":"slept"}':
+            said.append(client.recv_text())
+        self.assertGreater(said.count(""), 2)
+
     def test_a_close_that_is_not_answered(self) -> None:
         client = self.connect(auto_reply=False)
         self.app.config.ping_interval = 0
@@ -2207,6 +2220,17 @@ class BoundsTest(ServerTest):
             self.until(lambda: not failing)
             second.send_json(message)
             self.assertEqual(len(second.recv_text()), 10_000)
+
+    def test_a_loss_that_is_told_late_is_the_clients(self) -> None:
+        """TLS tells it to the protocol of a turn ago, which has become a client meanwhile."""
+        connections: list[Any] = []
+        self.app.config.ping_interval = 0
+        self.app.on_connect(lambda: connections.extend(self.app._http))
+        self.connect()
+        self.until(self.app.connected_clients)
+        assert self.app._loop
+        self.app._loop.call_soon_threadsafe(connections[0].connection_lost, None)
+        self.until(lambda: not self.app.connected_clients() and not self.app._sockets)
 
     def test_a_transport_that_cannot_read_any_more_is_no_error(self) -> None:
         """So it is with TLS before Python 3.11, when the socket is lost and it is not yet told."""
@@ -3678,7 +3702,7 @@ class ThreadsTest(ServerTest):
                 self.assertTrue(self.app.broadcast("____", str(i)))
             thread = threading.Thread(target=self.app.down)
             thread.start()
-            self.until(lambda: len(self.app._handover._calls) > 200)  # type: ignore[union-attr]
+            self.until(lambda: len(self.app._handover.calls) > 200)  # type: ignore[union-attr]
         self.assertEqual([client.recv_json()["message"] for _ in range(201)],
                          [*map(str, range(200)), "held"])
         self.assertEqual(client.recv_close()[0], 1001)

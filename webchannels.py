@@ -937,11 +937,14 @@ class Push:
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
-        body, bits = self._bodies[dialect[0]], dialect[1]
-        key = body is self._bodies[True], bits  # with a payload, both bodies are one
-        if key not in self._frames:
-            self._frames[key] = encode_message(self._opcode, body, bits, self._threshold)
-        return self._frames[key]
+        frame = self._frames.get(dialect)
+        if frame is None:
+            body, bits = self._bodies[dialect[0]], dialect[1]
+            same = (body is self._bodies[True], bits)  # with a payload, both bodies are one
+            frame = self._frames.get(same) or encode_message(
+                self._opcode, body, bits, self._threshold)
+            self._frames[same] = self._frames[dialect] = frame
+        return frame
 
 
 def check_size(settings: Config, body: bytes) -> None:
@@ -1055,7 +1058,7 @@ class Connection(asyncio.Protocol):
 class HTTPConnection(Connection):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
-    __slots__ = ("_address", "_begun", "_buffer", "_hungry", "_requests", "_unsent")
+    __slots__ = ("_address", "_begun", "_buffer", "_client", "_hungry", "_requests", "_unsent")
 
     def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
         super().__init__(app)
@@ -1067,6 +1070,7 @@ class HTTPConnection(Connection):
         self._hungry = True  # does it wait for more bytes?
         self._begun = False  # a part of a request is here
         self._unsent: bytes | memoryview = b""  # the rest of an answer
+        self._client: ChannelClient | None = None  # what it has become
         full = len(app._http) >= app.config.max_clients
         app._http.add(self)
         self._wait(app.config.keep_alive_timeout)
@@ -1111,6 +1115,8 @@ class HTTPConnection(Connection):
         self._work()
         if not self._hungry and len(self._buffer) > _READ_AHEAD:
             self._read(False)
+            if self._task:  # from now on nobody sees that the peer leaves
+                self._wait(self._app.config.keep_alive_timeout)
 
     def eof_received(self) -> bool:
         self._peer_done = True  # what the peer asked for before is still answered
@@ -1120,6 +1126,8 @@ class HTTPConnection(Connection):
         return not self._done and bool(self._transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._client:  # TLS tells whoever had it a turn of the loop ago
+            self._client.connection_lost(exc)
         super().connection_lost(exc)
         self._done = True
         self._buffer.clear()
@@ -1188,6 +1196,7 @@ class HTTPConnection(Connection):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
             self._gone()  # as an HTTP connection: what is still due does nothing
+            self._client = answer
             answer._attach(self._writer, self._transport, self._reading)
             answer.data_received(bytes(self._buffer))  # it arrived behind the request
         else:
@@ -1562,6 +1571,8 @@ class ChannelClient(Connection):
             return
         self._frames.refill()
         begun, arrived = self._frames.unfinished() if self._reading else (0, 0)
+        if self._dialect[0] and (begun or not self._reading):  # no message tells it otherwise
+            self._write(encode_frame(TEXT, b""))
         if begun != self._begun:
             self._begun = begun
             self._wait(settings.handshake_timeout)
