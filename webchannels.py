@@ -963,7 +963,7 @@ _SLOWEST = 16384  # bytes/s: what is slower is cut when its time is over
 _LINGER = 2.0  # seconds for a refused peer to read the answer, before the connection is cut
 _TURN = 0.001  # seconds for which a connection goes on before it stands in line
 _LONG = 0.01  # seconds: after what took longer, the line stands still for as long
-_LARGE = 8192  # bytes: what is larger may take long, and stands in line at once
+_LARGE = 8192  # bytes: what is larger may take long, and stands in line if there is one
 # From Python 3.12 on, an answer that awaits nothing is there at once, not in the loop's next turn.
 _EAGER: dict[str, Any] = {"eager_start": True} if sys.version_info >= (3, 12) else {}
 # What the handler that is running may ask for.
@@ -1151,10 +1151,12 @@ class HTTPConnection(Connection):
         if self._app._stopping and not self._begun:
             self._end()
             return
-        if len(self._buffer) > _LARGE and not (my_turn or self._app._take_turn()):
+        large = len(self._buffer) > _LARGE
+        if large and self._app._moving and not my_turn:
             self._hungry = False
             self._app._line_up(self)
             return
+        begun = time.monotonic() if large else math.inf
         try:
             found = next(self._requests)
         except HTTPError as error:
@@ -1168,6 +1170,8 @@ class HTTPConnection(Connection):
                 self._wait(self._app.config.abandoned_timeout)
             task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
             self._task = None if task.done() else task
+            if time.monotonic() > begun + _TURN:
+                self._app._stand_still()
         elif self._peer_done:
             self._end()
         else:
@@ -1202,8 +1206,12 @@ class HTTPConnection(Connection):
         else:
             last = (request.http_1_0 or self._app._stopping
                     or "close" in request.members("connection"))  # RFC 9112, 9.3
-            self._unsent = memoryview(answer.encode(request.method == "HEAD", last))
+            data = answer.encode(request.method == "HEAD", last)
             self._done = last
+            if len(data) > _PIECE:
+                self._unsent = memoryview(data)
+            else:
+                self._transport.write(data)
             self._send()
             if self._buffer or self._peer_done or not self._reading:
                 self._app._line_up(self)  # not now: others have their turn
@@ -1212,14 +1220,16 @@ class HTTPConnection(Connection):
         """Send of the answer what the peer has room for: it must go on reading."""
         while self._unsent and not (self._behind or self._transport.is_closing()):
             piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
-            self._wait(self._app.config.handshake_timeout, len(piece))
             self._transport.write(piece)
+        settings = self._app.config
+        if self._done or self._behind or self._unsent:
+            self._wait(settings.handshake_timeout, _PIECE)
+        elif not self._begun:
+            self._wait(settings.keep_alive_timeout)
         if not self._unsent:
             self._unsent = b""  # an empty view holds all of it
             if self._done:
                 self._transport.close()
-            elif not (self._behind or self._begun):
-                self._wait(self._app.config.keep_alive_timeout)
 
     def _refuse(self, error: HTTPError) -> None:
         logger.warning("refused %s: %s", self._address, error)
@@ -1367,8 +1377,8 @@ class ChannelClient(Connection):
         self._peer_done = True
         self._leave()
         self._work()
-        # TLS has no half-closed connections.
-        return not self._transport.is_closing() and bool(self._transport.can_write_eof())
+        transport = self._transport  # TLS has no half-closed connections
+        return transport and not transport.is_closing() and bool(transport.can_write_eof())
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
@@ -1393,7 +1403,7 @@ class ChannelClient(Connection):
             for kind, data in pending:
                 if self._task or self._behind or self._in_line:
                     break
-                if len(data) > _LARGE and not (my_turn or app._take_turn()):
+                if app._moving and len(data) > _LARGE and not my_turn:
                     app._line_up(self)
                     break
                 handled += 1
@@ -1410,8 +1420,10 @@ class ChannelClient(Connection):
                     self._close(*data)
                 if self._queued > _READ_AHEAD:
                     self._flush()
-                if app._now > ends and handled < len(pending):
-                    app._line_up(self)
+                if app._now > ends:
+                    app._stand_still()
+                    if handled < len(pending):
+                        app._line_up(self)
         finally:
             del pending[:handled]
             self._corked = False
@@ -2185,20 +2197,18 @@ class WebChannels:
 
     # Turns: what takes long is done bit by bit, so that nobody waits for long.
 
-    def _take_turn(self) -> bool:
-        """May one do something large now? The first in a turn of the loop may, if nobody waits."""
-        free = not self._moving
-        if free:
+    def _stand_still(self) -> None:
+        """In this turn of the loop nothing large is begun any more."""
+        if not self._moving:
             self._moving = True
             self._soon(self._next_turns)
-        return free
 
     def _line_up(self, connection: Connection) -> None:
         """It goes on when it is its turn."""
         if not connection._in_line:
             connection._in_line = True
             self._line.append(connection)
-            self._take_turn()
+            self._stand_still()
 
     def _next_turns(self) -> None:
         """Those at the head of the line go on; then the loop does other things, too."""
