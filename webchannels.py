@@ -231,14 +231,18 @@ class Endpoint:
                                 f"but it can ask for {', '.join(sorted(known))}, by name")
 
     def __call__(self, given: dict[str, Any]) -> Any:
-        """Call the handler with what it takes of `given`, which params() has."""
-        _params.set(given)
+        """Call the handler with what it takes of `given`."""
         names = {*given} - self.bound if self.takes_any else self.takes
         given = {name: given[name] for name in names if name in given}
         try:
             return self.handler(**given)
         except StopIteration as error:  # before Python 3.12 no future can hold it
             raise RuntimeError(f"{self.name} raised StopIteration") from error
+
+    def run(self, given: dict[str, Any]) -> Any:
+        """The same, in a context of its own, where params() has `given`."""
+        _params.set(given)
+        return self(given)
 
 
 class Router:
@@ -2234,10 +2238,10 @@ class WebChannels:
         """Call a handler in a context of its own; what comes back is its result, or a future."""
         context = self._context.copy()
         if endpoint.threaded:
-            threaded = self._in_thread(lambda: context.run(endpoint, given))
+            threaded = self._in_thread(lambda: context.run(endpoint.run, given))
             return asyncio.ensure_future(self._await(threaded))
         try:
-            result = context.run(endpoint, given)
+            result = context.run(endpoint.run, given)
         except (SystemExit, KeyboardInterrupt) as error:
             raise self._exit(error) from error
         begun, self._now = self._now, time.monotonic()
