@@ -168,7 +168,10 @@ class Sparing:
 
 ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can cause
 logger = logging.getLogger("webchannels")
-sparing = Sparing()
+# A second copy of this file, or a reload, has the same logger, and so the same filter.
+_filtering: Any = [getattr(each, "__self__", None) for each in logger.filters]
+sparing: Sparing = next((each for each in _filtering if type(each).__name__ == "Sparing"),
+                        Sparing())
 logger.addFilter(sparing.filter)
 
 
