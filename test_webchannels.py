@@ -2649,8 +2649,7 @@ class LogTest(ServerTest):
         app.config.shutdown_timeout = 0.1
 
     def test_a_second_copy_of_the_file_filters_no_line_for_ever(self) -> None:
-        spec = importlib.util.spec_from_file_location("second_copy", webchannels.__file__)
-        assert spec and spec.loader
+        spec: Any = importlib.util.spec_from_file_location("second_copy", webchannels.__file__)
         copy = importlib.util.module_from_spec(spec)
         with mock.patch.dict(sys.modules, {"second_copy": copy}):
             spec.loader.exec_module(copy)
