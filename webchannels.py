@@ -1894,7 +1894,7 @@ class WebChannels:
         self._jobs: queue.SimpleQueue[Callable[[], bool]] = queue.SimpleQueue()
         self._idle = 0  # threads that wait for jobs
         self._stop: asyncio.Future[BaseException | None] | None = None
-        self._stopping = False
+        self._stopping = self._paused = False
         self._local_only = False
         self._servers: list[asyncio.AbstractServer] = []
         self._listening: Sequence[Any] = ()
@@ -2538,8 +2538,9 @@ class WebChannels:
             ending.callback(self._finish)
             self._open.add(self.config.default_channel)
             if loop.get_exception_handler() is None:
-                ending.callback(lambda: loop.get_exception_handler() == self._on_loop_error
-                                and loop.set_exception_handler(None))
+                # asyncio may still try to accept for a second, after it has paused: see there.
+                ending.callback(lambda: loop.call_later(2, self._let_go_of, loop) if self._paused
+                                else self._let_go_of(loop))
                 loop.set_exception_handler(self._on_loop_error)
             bus = self.config.bus
             if self.config.redis_url and not bus:
@@ -2691,12 +2692,20 @@ class WebChannels:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
         error = context.get("exception")
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            self._paused = True
             logger.warning("%s: accepting pauses", error.strerror)
         elif context["message"] == "Accept failed on a socket" and not self._stopping:
             logger.warning("%s: listening again", error)  # on Windows asyncio is about to close it
             asyncio.ensure_future(self._listen_again(context["socket"].dup()))
-        elif not (self._stopping and "_start_serving" in context["message"]):  # though closed
+        elif not ("_start_serving" in context["message"]  # though closed
+                  and (self._stopping or self._loop is not loop)):
             loop.default_exception_handler(context)
+
+    def _let_go_of(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Leave the loop as it was found, unless it serves again, or somebody else changed it."""
+        if loop.get_exception_handler() == self._on_loop_error and not (
+                self._loop is loop and not self._stopping):
+            loop.set_exception_handler(None)
 
     # Threads and forks.
 
