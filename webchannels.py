@@ -1217,7 +1217,7 @@ class HTTPConnection(Connection):
             self._done = last
             if len(data) > _PIECE:
                 self._unsent = memoryview(data)
-            else:
+            elif not self._transport.is_closing():
                 self._transport.write(data)
             self._send()
             if self._buffer or self._peer_done or not self._reading:
