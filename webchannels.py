@@ -1051,15 +1051,12 @@ class Connection(asyncio.Protocol):
 
     def _work(self, my_turn: bool = False) -> None:
         """Go on with what has arrived, until something must be waited for."""
-        raise NotImplementedError
 
     def _shut(self) -> None:
         """The server goes down: end, after what has begun."""
-        raise NotImplementedError
 
     def _check(self, now: float, seconds: float) -> None:
         """The sweep asks, `seconds` after the last time: is anything over its deadline?"""
-        raise NotImplementedError
 
 
 class HTTPConnection(Connection):
@@ -1850,7 +1847,7 @@ class Handover:
             call = self.calls.popleft()[1]
             try:
                 call()
-            except Exception:
+            except Exception:  # of one call: the others must still be made, and the log has it
                 logger.exception("what a thread handed over failed")
             self._moved = time.monotonic()
             if self._moved > ends and self.calls:

@@ -8,7 +8,8 @@ const server = http.createServer((request, response) => {
   request.on("data", (part) => parts.push(part));
   request.on("end", () => {
     try {
-      if ((request.headers["content-type"] || "").includes("json")) JSON.parse(Buffer.concat(parts));
+      const kind = request.headers["content-type"] || "";
+      if (kind.includes("json")) JSON.parse(Buffer.concat(parts));
     } catch {
       response.statusCode = 400;
     }
