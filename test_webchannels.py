@@ -2008,16 +2008,27 @@ class TimeLimitsTest(ServerTest):
 
     def test_who_waits_for_long_is_given_signs_of_life(self) -> None:
         """A page cannot see pongs, and what it asks with may wait behind what is not read."""
+        waiting: list[asyncio.Event] = []
+
+        async def wait() -> str:
+            waiting.append(asyncio.Event())
+            await waiting[0].wait()
+            return "waited"
+
+        self.app.channel("/____/wait", wait)
         client = self.connect(subprotocol="webchannels.v1")
         client.send_raw(frame(TEXT, b'{"channel":"____","message":"nothing"}')[:20])
         self.assertEqual(client.recv_text(), "")
         client.send_raw(frame(TEXT, b'{"channel":"____","message":"nothing"}')[20:])
-        client.send_json({"channel": "____", "message": "slow", "ref": 1})
+        client.send_json({"channel": "____", "message": "wait", "ref": 1})
         client.send_frame(BINARY, bytes(500_000))  # more than is read while a handler is busy
-        said = [client.recv_text()]
-        while said[-1] != '{"ref":1,"payload":"slept"}':
+        said: list[str] = []
+        while said.count("") < 4:
             said.append(client.recv_text())
-        self.assertGreater(said.count(""), 2)
+        loop: Any = self.app._loop
+        loop.call_soon_threadsafe(waiting[0].set)
+        while said[-1] != '{"ref":1,"payload":"waited"}':
+            said.append(client.recv_text())
 
     def test_a_close_that_is_not_answered(self) -> None:
         client = self.connect(auto_reply=False)
