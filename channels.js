@@ -1,4 +1,4 @@
-// channels.js: the browser's side of webchannels.py. MIT License.
+// (c) 2026 webchannels contributors. SPDX-License-Identifier: MIT
 var parse_payload = /** @type {(payload: any) => void} */ (Object(globalThis).parse_payload)
 var Genie = /** @type {{ WebChannels: typeof WebChannels }} */ (Object(globalThis).Genie)
 var WebChannels = (() => {
@@ -82,8 +82,7 @@ var WebChannels = (() => {
     timer = setTimeout(tick, TICK)
     if (!socket) return connect()
     if (canSend()) failures = 0 // not before: a server may let us in and drop us
-    trust--
-    if (trust === 0 && canSend()) transmit('')
+    if (--trust === 0 && canSend()) transmit('')
     if (trust <= -PATIENCE) disconnect(1006, 'no sign of life')
   }
 
@@ -205,7 +204,7 @@ var WebChannels = (() => {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const frame = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
+      const frame = deferred({ data: JSON.stringify({ channel, message, payload, ref }), ref })
       const error = failure('No reply in time', 'TimeoutError')
       const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), error)
       const abort = () => frame.reject(signal?.reason)
@@ -245,9 +244,9 @@ var WebChannels = (() => {
 
     /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
-      if (!subscriptions.has(channel)) {
-        subscriptions.set(channel, subscription)
+      let subscription = subscriptions.get(channel)
+      if (!subscription) {
+        subscriptions.set(channel, subscription = deferred({ channel, failures: 0 }))
         renew(subscription)
       }
       return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise

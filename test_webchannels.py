@@ -6457,6 +6457,21 @@ class OnlyInChromium(BrowserTest):
             self.assertEqual(repl.process.wait(20), 0)
 
 
+# ---- The files as somebody has them who has no others --------------------------------------------
+
+
+class VendoringTest(unittest.TestCase):
+    def test_each_has_its_notice(self) -> None:
+        notice = (HERE / "LICENSE").read_text(encoding="utf-8").partition("\n\n")[2].split()
+        module = (HERE / "webchannels.py").read_text(encoding="utf-8")
+        plain = re.sub(r"(?m)^# ?(SPDX-License-Identifier: MIT$)?", "", module)
+        self.assertIn(" ".join(notice), " ".join(plain.split()))
+        client = (HERE / "channels.js").read_text(encoding="utf-8")
+        for text, mark in (module, "# "), (client, "// "):
+            self.assertRegex(text, rf"(?m)^{mark}.*\bSPDX-License-Identifier: MIT$")
+        self.assertIn(" ".join(notice[2:5]), client.partition("\n")[0])
+
+
 # ---- README.md -----------------------------------------------------------------------------------
 
 TYPED_FIRST = "import webchannels; webchannels.config.server_port = {}\n"

@@ -22,6 +22,24 @@ The rooms of this file, in the order in which data flows: config, log, router, m
 websocket, connections, bus, app, default app, channels.js, demo.
 """
 
+# Copyright (c) 2026 webchannels contributors
+# SPDX-License-Identifier: MIT
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this software
+# and associated documentation files (the "Software"), to deal in the Software without
+# restriction, including without limitation the rights to use, copy, modify, merge, publish,
+# distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
+# Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING
+# BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+# NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM,
+# DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+# OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+
 from __future__ import annotations
 
 import argparse
@@ -2827,7 +2845,7 @@ unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
 # -------------------------------------------------------------------------------- channels.js
 
 # A copy of the file of that name: `python3 test_webchannels.py --embed` makes it.
-CHANNELS_JS: str = r"""// channels.js: the browser's side of webchannels.py. MIT License.
+CHANNELS_JS: str = r"""// (c) 2026 webchannels contributors. SPDX-License-Identifier: MIT
 var parse_payload = /** @type {(payload: any) => void} */ (Object(globalThis).parse_payload)
 var Genie = /** @type {{ WebChannels: typeof WebChannels }} */ (Object(globalThis).Genie)
 var WebChannels = (() => {
@@ -2911,8 +2929,7 @@ var WebChannels = (() => {
     timer = setTimeout(tick, TICK)
     if (!socket) return connect()
     if (canSend()) failures = 0 // not before: a server may let us in and drop us
-    trust--
-    if (trust === 0 && canSend()) transmit('')
+    if (--trust === 0 && canSend()) transmit('')
     if (trust <= -PATIENCE) disconnect(1006, 'no sign of life')
   }
 
@@ -3034,7 +3051,7 @@ var WebChannels = (() => {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const frame = deferred({ ref, data: JSON.stringify({ channel, message, payload, ref }) })
+      const frame = deferred({ data: JSON.stringify({ channel, message, payload, ref }), ref })
       const error = failure('No reply in time', 'TimeoutError')
       const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), error)
       const abort = () => frame.reject(signal?.reason)
@@ -3074,9 +3091,9 @@ var WebChannels = (() => {
 
     /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
-      const subscription = subscriptions.get(channel) ?? deferred({ channel, failures: 0 })
-      if (!subscriptions.has(channel)) {
-        subscriptions.set(channel, subscription)
+      let subscription = subscriptions.get(channel)
+      if (!subscription) {
+        subscriptions.set(channel, subscription = deferred({ channel, failures: 0 }))
         renew(subscription)
       }
       return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
