@@ -1,6 +1,7 @@
 """The tests of webchannels: `python3 test_webchannels.py [-v] [Class.test]`. Standard library only.
 
-`python3 test_webchannels.py --embed` copies channels.js into webchannels.py.
+`python3 test_webchannels.py --embed` copies channels.js into webchannels.py; `--release` makes a
+release of what is being worked on.
 """
 
 from __future__ import annotations
@@ -4831,7 +4832,8 @@ class DemoTest(unittest.TestCase):
 
     def test_the_command_line(self) -> None:
         version = run_python("webchannels.py", "--version")
-        self.assertEqual(version.stdout, f"webchannels {webchannels.__version__}\n")
+        self.assertEqual(version.stdout,
+                         f"webchannels {webchannels.__version__}\nSHA-256 {sha256()}\n")
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
             for taken, said in ((port, f"webchannels: port {port} on 127.0.0.1 is taken.*"),
@@ -6459,8 +6461,54 @@ class OnlyInChromium(BrowserTest):
 
 # ---- The files as somebody has them who has no others --------------------------------------------
 
+HASHES = "| release | SHA-256 of `webchannels.py` |\n|---|---|\n"  # in README.md, the newest first
+NOT_YET = "not released yet"  # in place of a date in CHANGELOG.md
+
+
+def sha256() -> str:
+    return hashlib.sha256((HERE / "webchannels.py").read_bytes()).hexdigest()
+
+
+def release() -> None:
+    """What is being worked on gets its version, its hash in README.md, its date in CHANGELOG.md."""
+    def replace(name: str, old: str, new: str) -> None:
+        text = (HERE / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{name} has not one {old!r}"
+        (HERE / name).write_text(text.replace(old, new), encoding="utf-8")
+
+    version = webchannels.__version__.replace(".dev0", "")
+    replace(".github/CHANGELOG.md", f"## {version}, {NOT_YET}\n",
+            f"## {version}, {time.strftime('%Y-%m-%d', time.gmtime())}\n")
+    replace("webchannels.py", f'__version__ = "{version}.dev0"\n', f'__version__ = "{version}"\n')
+    replace("README.md", HASHES, f"{HASHES}| {version} | `{sha256()}` |\n")
+
 
 class VendoringTest(unittest.TestCase):
+    def test_a_release_is_the_file_that_the_readme_names(self) -> None:
+        readme = (HERE / "README.md").read_text(encoding="utf-8").partition(HASHES)[2]
+        hashes = dict(re.findall(r"(?m)^\| ([\d.]+) \| `([0-9a-f]{64})` \|$", readme))
+        version, between, _ = webchannels.__version__.partition(".dev0")
+        if not between:
+            self.assertEqual(
+                hashes.get(version), sha256(), f"this is not the file that is called {version} in "
+                f"README.md: begin the next version, as in __version__ = '{version}.dev0'; "
+                "`python3 test_webchannels.py --release` will name its hash")
+        elif version in hashes:
+            self.fail(f"{version} is released: the next version has another number")
+
+    def test_the_newest_changes_are_of_this_version(self) -> None:
+        if not (HERE / ".github").is_dir():
+            self.skipTest("needs the repository")
+        readme = (HERE / "README.md").read_text(encoding="utf-8").partition(HASHES)[2]
+        changes = (HERE / ".github" / "CHANGELOG.md").read_text(encoding="utf-8")
+        version, between, _ = webchannels.__version__.partition(".dev0")
+        told = re.findall(r"(?m)^## (.+), (.+)$", changes)
+        self.assertEqual(told[0][0], version)
+        self.assertEqual(told[0][1] == NOT_YET, bool(between))
+        for name, date in told[bool(between):]:
+            self.assertRegex(date, r"^\d{4}-\d\d-\d\d$")
+            self.assertIn(f"\n| {name} | `", f"\n{readme}")
+
     def test_each_has_its_notice(self) -> None:
         notice = (HERE / "LICENSE").read_text(encoding="utf-8").partition("\n\n")[2].split()
         module = (HERE / "webchannels.py").read_text(encoding="utf-8")
@@ -6558,6 +6606,9 @@ class ReadmeTest(BrowserTest):
     def test_the_commands(self) -> None:
         self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
         self.assertEqual(self.texts("Development", "sh"), ["python3 test_webchannels.py\n"])
+        if shutil.which("sha256sum"):
+            said = subprocess.check_output(self.texts("Vendoring", "sh")[0], shell=True, cwd=HERE)
+            self.assertEqual(said.count(sha256().encode()), 2)
         shutil.copy(HERE / "webchannels.py", self.folder)
         with Terminal(sys.executable, "webchannels.py", "--port", "0", cwd=self.folder) as demo:
             self.open(demo.expect(r"http://[\d.:]+")[0])
@@ -6731,5 +6782,7 @@ class ReadmeTest(BrowserTest):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--embed"]:
         (HERE / "webchannels.py").write_text(embedded(), encoding="utf-8")
+    elif sys.argv[1:] == ["--release"]:
+        release()
     else:
         unittest.main()

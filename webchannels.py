@@ -82,7 +82,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
-__version__ = "1.0.0"
+__version__ = "1.1.0.dev0"
 __all__ = [
     "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
     "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
@@ -3244,8 +3244,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="0 picks a free one (%(default)s)")
     parser.add_argument("--open", action="store_true", help="open the page in a browser")
-    parser.add_argument("--version", action="version", version=f"webchannels {__version__}")
+    parser.add_argument("--version", action="store_true", help="tell it, and this file's SHA-256")
     options = parser.parse_args()
+    if options.version:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()
+        print(f"webchannels {__version__}\nSHA-256 {digest}")
+        return
     try:
         demo_app().up(options.port, options.host, block=True, open_browser=options.open)
     except (OSError, OverflowError) as error:
