@@ -1,0 +1,5 @@
+"""`python -m webchannels`"""
+
+from webchannels import main
+
+main()
