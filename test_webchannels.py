@@ -2190,6 +2190,26 @@ class BoundsTest(ServerTest):
         self.assertEqual(len(self.app.disconnected_clients()), 11)
         self.assertLess(after, 10 * 4096)
 
+    def test_text_that_waits_is_held_as_bytes(self) -> None:
+        """As str, each character could take four. Behind a handler, and behind its message."""
+        self.app.config.max_inflation = 2000
+        call = frame(TEXT, json.dumps({"channel": "____", "message": "wait"}).encode())
+        large = frame(TEXT, packed(("\U0001f600" + "a" * 900_000).encode()), rsv=4)
+
+        def wait(first: bytes, then: bytes) -> None:
+            client.send_raw(first)
+            self.assertTrue(self.begun.acquire(timeout=10))
+            client.send_raw(then)
+            self.until(lambda: any(one._pending for one in self.app.connected_clients()))
+
+        for parts in (call, large), (call + large, b""):
+            client = self.connect(deflate=True)
+            after, _ = self.held(functools.partial(wait, *parts))
+            self.assertGreater(after, 900_000)
+            self.assertLess(after, 1_000_000)
+            client.close()
+            self.until(lambda: not self.app.connected_clients())
+
     def test_the_channels_of_who_has_left(self) -> None:
         @self.app.channel("/rooms/:room/subscribe")
         def enter(client: ChannelClient, channel: str) -> None:
@@ -2209,11 +2229,11 @@ class BoundsTest(ServerTest):
     def test_what_fails_in_its_turn_leaves_the_others_theirs(self) -> None:
         work, failing = webchannels.ChannelClient._work, [True]
 
-        def fail_once(client: ChannelClient, my_turn: bool = False) -> None:
+        def fail_once(client: ChannelClient, my_turn: bool = False, data: bytes = b"") -> None:
             client._app._stand_still()  # so what is large must wait in line
             if my_turn and failing:
                 raise OSError(failing.pop())
-            work(client, my_turn)
+            work(client, my_turn, data)
 
         self.app.config.ping_interval = 0
         message = {"channel": "____", "message": "echo", "payload": "x" * 10_000}
@@ -3014,6 +3034,14 @@ class MessagesTest(ServerTest):
         other.send_json({"channel": "____", "message": "release"})
         self.assertEqual([client.recv_text() for _ in range(4)],
                          ["released", "webchannels 2", "later 0", "last"])
+
+    def test_what_has_waited_is_what_was_sent(self) -> None:
+        self.app.channel("/____/slow", lambda: asyncio.sleep(0.05))
+        self.app.channel("/", lambda payload: payload)
+        client, sent = self.connect(), [(TEXT, "é".encode()), (BINARY, b"\xff"), (TEXT, b"plain")]
+        for each in [(TEXT, b'{"channel": "____", "message": "slow"}'), *sent]:
+            client.send_frame(*each)
+        self.assertEqual([client.recv() for _ in sent], sent)
 
     def test_answers_come_before_the_close(self) -> None:
         for end, code in ((frame(CLOSE, b"\x03\xe8"), 1000), (frame(3), 1002),

@@ -642,7 +642,7 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
 # ---------------------------------------------------------------------------------- websocket
 
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10  # opcodes: RFC 6455, 5.2
-FAIL = -1  # the event of a broken rule; no opcode
+FAIL, HELD = -1, -2  # events of a broken rule, and of a text that waits; no opcodes
 # The close codes that may be on the wire (RFC 6455, 7.4, and the IANA registry).
 CLOSE_CODES = {*range(1000, 1004), *range(1007, 1015), *range(3000, 5000)}
 SUBPROTOCOL = "webchannels.v1"
@@ -1372,8 +1372,7 @@ class ChannelClient(Connection):
 
     def data_received(self, data: bytes) -> None:
         self._silence = 0.0
-        self._take(data)
-        self._work()
+        self._work(False, data)
         if self._pending or self._frames.more:
             self._held += len(data)
             if self._held > _READ_AHEAD or self._frames.more:
@@ -1381,7 +1380,6 @@ class ChannelClient(Connection):
 
     def _take(self, data: bytes) -> None:
         """Answer pings, also while a handler is busy; what is to be handled goes to `_pending`."""
-        self._corked = True  # pongs leave together
         for event in self._frames.receive(data):
             kind = event[0]
             if kind == PING:
@@ -1413,33 +1411,33 @@ class ChannelClient(Connection):
 
     # Messages are handled in order.
 
-    def _work(self, my_turn: bool = False) -> None:
+    def _work(self, my_turn: bool = False, data: bytes = b"") -> None:
         """Handle what is pending, until a handler must be awaited or the peer must read first."""
-        app, pending, handled = self._app, self._pending, 0
-        app._now = time.monotonic()
-        ends = app._now + _TURN
-        self._corked = True
+        app, pending, handled, waited = self._app, self._pending, 0, len(self._pending)
+        self._corked = True  # pongs and replies leave together
         try:
-            if my_turn and self._frames.more and not pending:
-                self._take(b"")
-            for kind, data in pending:
+            if data or my_turn and self._frames.more and not pending:
+                self._take(data)
+            app._now = time.monotonic()
+            ends = app._now + _TURN
+            for kind, content in pending:
                 if self._task or self._behind or self._in_line:
                     break
-                if app._moving and len(data) > _LARGE and not my_turn:
+                if app._moving and len(content) > _LARGE and not my_turn:
                     app._line_up(self)
                     break
                 handled += 1
-                if kind == TEXT or kind == BINARY:
+                if kind == TEXT or kind == BINARY or kind == HELD:
                     if not self._done:
-                        app._message(self, data)
+                        app._message(self, content.decode() if kind == HELD else content)
                 elif kind == FAIL:
-                    logger.warning("%r broke the protocol: %s %s", self, *data)
-                    self._close(*data)
+                    logger.warning("%r broke the protocol: %s %s", self, *content)
+                    self._close(*content)
                     self._flush()
                     if self._transport and not half_close(self._transport):  # RFC 6455, 7.1.7
                         self._peer_done = True
                 else:
-                    self._close(*data)
+                    self._close(*content)
                 if self._queued > _READ_AHEAD:
                     self._flush()
                 if app._now > ends:
@@ -1448,6 +1446,10 @@ class ChannelClient(Connection):
                         app._line_up(self)
         finally:
             del pending[:handled]
+            if pending:  # what waits is held as bytes: as str it could take four times as much
+                new = max(0, waited - handled)
+                pending[new:] = [(HELD, event[1].encode()) if event[0] == TEXT else event
+                                 for event in pending[new:]]
             self._corked = False
             self._flush()
         if pending or self._task or self._behind:
