@@ -58,11 +58,13 @@ import hashlib
 import html
 import http.client
 import inspect
+import io
 import ipaddress
 import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import queue
 import random
@@ -71,6 +73,7 @@ import secrets
 import signal
 import socket
 import ssl as ssl_module
+import stat
 import sys
 import threading
 import time
@@ -80,6 +83,7 @@ import weakref
 import webbrowser
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
 
 __version__ = "1.1.0.dev0"
@@ -87,7 +91,7 @@ __all__ = [
     "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
     "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
     "connected_clients", "disconnected_clients", "down", "on_connect", "on_disconnect", "params",
-    "route", "serve", "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
+    "route", "serve", "static", "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
     "unsubscribe_disconnected_clients", "up",
 ]
 H = TypeVar("H", bound=Callable[..., Any])
@@ -266,6 +270,14 @@ class Endpoint:
         return self(given)
 
 
+def split_path(path: str) -> list[str]:
+    """A request's path by segments, decoded: %2F is no separator. Raises UnicodeDecodeError."""
+    segments = path.split("/")[1:]
+    if "%" in path:
+        segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+    return segments
+
+
 class Router:
     """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints, for routes and for channels.
 
@@ -290,9 +302,7 @@ class Router:
         """What is at `path`, which may have to be decoded. Raises UnicodeDecodeError."""
         if path in self._static:
             return self._static[path]
-        segments = path.split("/")[1:]
-        if decode and "%" in path:  # by segments: %2F must not become a separator
-            segments = [urllib.parse.unquote(segment, errors="strict") for segment in segments]
+        segments = split_path(path) if decode else path.split("/")[1:]
         return self._walk(self._tree, segments, 0, ())
 
     def _walk(self, node: Any, segments: list[str], at: int, values: Any) -> Found | None:
@@ -417,7 +427,25 @@ _MAX_FIELDS = 100  # of a request's header
 _NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
-_date = functools.lru_cache(maxsize=2)(functools.partial(email.utils.formatdate, usegmt=True))
+_date = functools.lru_cache(maxsize=100)(functools.partial(email.utils.formatdate, usegmt=True))
+_RANGE = re.compile(r"(?i:bytes)=[ \t]*(?:([0-9]{1,30})-([0-9]{0,30})|-([0-9]{1,30}))[ \t]*")
+_TAG = re.compile(r'(?:W/)?"[^"]*"')  # RFC 9110, 8.8.3
+# Segments of a path that name no file: none, hidden ones, "..", and what has a separator in it; on
+# Windows also streams, drives, wildcards, devices, and ends that the system would not look at.
+_NOT_ON_WINDOWS = (r"|.*[:*?\"<>|].*|.*[. ]"
+                   r"|(?i:con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\..*)?")
+_NO_NAME = re.compile(
+    r"(?s:|\..*|.*[/\\\x00-\x1f].*" + (_NOT_ON_WINDOWS if os.name == "nt" else "") + ")")
+# A FIFO is not waited for, and a terminal does not become ours.
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+# What old Pythons do not know, or call by another name than new ones.
+_TYPES = {
+    ".avif": "image/avif", ".flac": "audio/flac", ".ico": "image/x-icon", ".js": "text/javascript",
+    ".m4a": "audio/mp4", ".map": "application/json", ".md": "text/markdown",
+    ".mjs": "text/javascript", ".ogg": "audio/ogg", ".ogv": "video/ogg", ".opus": "audio/ogg",
+    ".otf": "font/otf", ".ttf": "font/ttf", ".vtt": "text/vtt", ".wav": "audio/wav",
+    ".webp": "image/webp", ".woff": "font/woff", ".woff2": "font/woff2",
+}
 
 
 class HTTPError(Exception):
@@ -509,10 +537,11 @@ class Request:
 
 
 class Response:
-    """An HTTP answer. `body` is str (HTML), bytes, or anything that JSON knows.
+    """An HTTP answer. `body` is str (HTML), bytes, a pathlib.Path, or anything that JSON knows.
 
-    `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for a
-    header that would break out of its line or that the server sets, TypeError for a bad body.
+    A Path is sent as that file, with its type and what a browser needs to keep it; 404 if it is no
+    file. `headers` is a mapping, or pairs where a field comes more than once. Raises ValueError for
+    a header that would break out of its line or that the server sets, TypeError for a bad body.
     Example: Response("a,b", headers={"X-A": "b"}, content_type="text/csv")
     """
 
@@ -520,8 +549,12 @@ class Response:
                  headers: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
                  content_type: str | None = None, *,
                  json_default: Callable[[Any], Any] | None = None) -> None:
+        self.body: bytes | Path
+        self._part: tuple[io.FileIO, int] | None = None  # the file that has so much of a body
         if isinstance(body, str):
             self.body, kind = to_utf8(body), "text/html; charset=utf-8"
+        elif isinstance(body, Path):
+            self.body, kind = body, guess_type(body.suffix.lower())
         elif isinstance(body, (bytes, bytearray, memoryview)):
             self.body, kind = bytes(body), "application/octet-stream"
         else:
@@ -541,13 +574,133 @@ class Response:
     def encode(self, head_only: bool = False, close: bool = False) -> bytes:
         """The answer as bytes; `close`: the connection ends with it. Example: response.encode()"""
         has_body = self.status not in (204, 304)  # RFC 9110, 6.4.1
+        body = self.body if isinstance(self.body, bytes) else b""
+        size = self._part[1] if self._part else len(body)
         head = "".join([
             f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, '')}\r\n"
             f"Date: {_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n",
             *[f"{name}: {value}\r\n" for name, value in self.headers],
-            f"Content-Length: {len(self.body)}\r\n" if has_body else "",
+            f"Content-Length: {size}\r\n" if has_body else "",
             "Connection: close\r\n\r\n" if close else "\r\n"]).encode("latin-1", "replace")
-        return head + self.body if has_body and not head_only else head
+        return head + body if has_body and not head_only else head
+
+
+@functools.lru_cache(maxsize=256)
+def guess_type(suffix: str) -> str:
+    """The media type of files with this suffix, on every system the same."""
+    # MimeTypes() asks no system; of Windows' registry, a script may be text/plain.
+    kind, coding = mimetypes.MimeTypes().guess_type(f"x{suffix}")
+    if coding:
+        return "application/gzip" if coding == "gzip" else "application/octet-stream"
+    kind = _TYPES.get(suffix, kind) or "application/octet-stream"
+    return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+
+
+def parse_date(text: str) -> float:
+    """A date (RFC 9110, 5.6.7) in seconds; NaN, which compares as false, for what is none."""
+    try:
+        return email.utils.mktime_tz(email.utils.parsedate_tz(text))  # type: ignore[arg-type]
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return math.nan
+
+
+def is_known(request: Request, tag: str, modified: str) -> bool:
+    """Has the client this version already? Raises HTTPError 412 (RFC 9110, 13.2.2)."""
+    asked, date = request.headers, parse_date(modified)
+    if "if-match" in asked:
+        met = asked["if-match"] == "*" or tag[:1] == '"' and tag in _TAG.findall(asked["if-match"])
+    else:
+        met = not date > parse_date(asked.get("if-unmodified-since", ""))
+    if not met:
+        raise HTTPError(412)
+    if "if-none-match" in asked:  # here a weak tag will do
+        tags = asked["if-none-match"].replace('W/"', '"')
+        return tags == "*" or tag.replace("W/", "") in _TAG.findall(tags)
+    return date <= parse_date(asked.get("if-modified-since", ""))
+
+
+def parse_range(text: str, size: int) -> tuple[int, int] | None:
+    """Where a single range (RFC 9110, 14.1.2) of so many bytes starts and stops; None: ignore it.
+
+    Raises HTTPError 416 for a range that is behind the end.
+    """
+    match = _RANGE.fullmatch(text)
+    if not match or not size:
+        return None
+    first, last, suffix = match.groups()
+    start = int(first) if first else max(size - int(suffix), 0)
+    if last and int(last) < start:
+        return None
+    if start >= size:
+        raise HTTPError(416, headers={"Content-Range": f"bytes */{size}"})
+    return start, min(int(last) + 1, size) if last else size
+
+
+def answer_file(request: Request, given: Response, path: Path) -> Response:
+    """`given` with the file at `path`, or as much of it as is asked for (RFC 9110, 14.2).
+
+    Raises HTTPError 404, 412 or 416, and OSError if too many files are open.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            def opener(name: str, flags: int) -> int:
+                return os.open(name, flags | _NO_WAIT)
+            file = opened.enter_context(open(path, "rb", buffering=0, opener=opener))
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise ValueError(f"not a file: {str(path)!r}")
+        except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise
+            logger.warning("no file for %r: %s", request, error)
+            raise HTTPError(404) from None
+        status, headers, size = given.status, list(given.headers), about.st_size
+        known = {name.lower(): value for name, value in headers}
+        for name, value in {
+                "ETag": f'"{about.st_mtime_ns:x}-{size:x}"', "Cache-Control": "no-cache",
+                "Last-Modified": _date(max(0, int(min(about.st_mtime, time.time())))),
+                "Accept-Ranges": "bytes"}.items():
+            if name.lower() not in known:
+                headers.append((name, value))
+                known[name.lower()] = value
+        start, stop, tag = 0, size, known["etag"]
+        if status == 200 and request.method in ("GET", "HEAD"):
+            if is_known(request, tag, known["last-modified"]):
+                return Response(status=304, headers=headers)
+            # A date would not be exact enough for If-Range (8.8.2.2), and a range may be ignored.
+            same = request.headers.get("if-range", tag) == tag and tag[:1] == '"'
+            wanted = request.headers.get("range", "") if same and request.method == "GET" else ""
+            part = parse_range(wanted, size)
+            if part:
+                (start, stop), status = part, 206
+                headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
+        answer = Response(status=status, headers=headers)
+        answer._part = file, stop - start
+        if request.method != "HEAD":
+            file.seek(start)
+            opened.pop_all()  # the connection closes it
+        return answer
+
+
+def find_file(folder: str, names: Sequence[str], request: Request) -> Path | Response:
+    """The file that `names` lead to: below `folder` and not hidden, else HTTPError 404.
+
+    A folder's path gets a slash at its end, by a redirect that can lead nowhere else.
+    """
+    names = [*names[:-1], names[-1] or "index.html"] if names else []
+    path = os.path.join(folder, *names)
+    with contextlib.suppress(OSError, ValueError):
+        if not any(map(_NO_NAME.fullmatch, names)):
+            is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+            path = os.path.realpath(path)
+            parts = os.path.relpath(path, folder).split(os.sep) if names else []
+            if not any(map(_NO_NAME.fullmatch, parts)):
+                if not is_folder:
+                    return Path(path)
+                query = f"?{request.query}" if request.query else ""
+                place = f"./{request.path.rpartition('/')[2]}/{query}"
+                return Response(status=302, headers={"Location": place})
+    raise HTTPError(404)
 
 
 def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | bytes | None]:
@@ -1080,7 +1233,8 @@ class Connection(asyncio.Protocol):
 class HTTPConnection(Connection):
     """A connection, from its first byte to its end, or until it becomes a WebSocket."""
 
-    __slots__ = ("_address", "_begun", "_buffer", "_client", "_hungry", "_requests", "_unsent")
+    __slots__ = ("_address", "_begun", "_buffer", "_client", "_hungry", "_left", "_requests",
+                 "_unsent")
 
     def __init__(self, app: WebChannels, writer: asyncio.StreamWriter) -> None:
         super().__init__(app)
@@ -1091,7 +1245,9 @@ class HTTPConnection(Connection):
         self._requests = read_requests(self._buffer, app.config)
         self._hungry = True  # does it wait for more bytes?
         self._begun = False  # a part of a request is here
-        self._unsent: bytes | memoryview = b""  # the rest of an answer
+        # Of an answer: what has the rest of it, and how many bytes that are.
+        self._unsent: Any = io.BytesIO()
+        self._left = 0
         self._client: ChannelClient | None = None  # what it has become
         full = len(app._http) >= app.config.max_clients
         app._http.add(self)
@@ -1145,7 +1301,8 @@ class HTTPConnection(Connection):
         if self._task:
             self._wait(self._app.config.abandoned_timeout)
         self._work()
-        return not self._done and bool(self._transport.can_write_eof())  # TLS cannot
+        wanted = not self._done or self._left > 0
+        return wanted and bool(self._transport.can_write_eof())  # TLS cannot
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._client:  # TLS tells whoever had it a turn of the loop ago
@@ -1153,7 +1310,8 @@ class HTTPConnection(Connection):
         super().connection_lost(exc)
         self._done = True
         self._buffer.clear()
-        self._unsent = b""
+        self._left = 0
+        self._unsent.close()
         if not self._task:
             self._gone()
 
@@ -1168,7 +1326,9 @@ class HTTPConnection(Connection):
 
     def _work(self, my_turn: bool = False) -> None:
         """Answer the next request, if it has arrived and the peer reads its answers."""
-        if self._task or self._behind or self._unsent or self._done or self._in_line:
+        if my_turn and self._left:
+            self._send()
+        if self._task or self._behind or self._left or self._done or self._in_line:
             return
         if self._app._stopping and not self._begun:
             self._end()
@@ -1231,25 +1391,37 @@ class HTTPConnection(Connection):
             data = answer.encode(request.method == "HEAD", last)
             self._done = last
             if len(data) > _PIECE:
-                self._unsent = memoryview(data)
+                self._unsent, self._left = io.BytesIO(data), len(data)
             elif not self._transport.is_closing():
                 self._transport.write(data)
+            if answer._part and request.method != "HEAD":
+                self._unsent, self._left = answer._part
             self._send()
             if self._buffer or self._peer_done or not self._reading:
                 self._app._line_up(self)  # not now: others have their turn
 
     def _send(self) -> None:
-        """Send of the answer what the peer has room for: it must go on reading."""
-        while self._unsent and not (self._behind or self._transport.is_closing()):
-            piece, self._unsent = self._unsent[:_PIECE], self._unsent[_PIECE:]
+        """Send a piece of the answer, if the peer has room for it: it must go on reading."""
+        if self._left and not (self._behind or self._transport.is_closing()):
+            try:
+                piece = self._unsent.read(min(_PIECE, self._left))
+                self._left -= len(piece)
+                if not piece:
+                    raise OSError("it has become shorter")
+            except OSError as error:  # its length was told: there is no other way to tell of this
+                logger.warning("%s was not sent to its end: %s", self._unsent.name, error)
+                self._transport.abort()
+                return
             self._transport.write(piece)
+            if self._left and not self._behind:
+                self._app._line_up(self)  # not now: others have their turn
         settings = self._app.config
-        if self._done or self._behind or self._unsent:
+        if self._done or self._behind or self._left:
             self._wait(settings.handshake_timeout, _PIECE)
         elif not self._begun:
             self._wait(settings.keep_alive_timeout)
-        if not self._unsent:
-            self._unsent = b""  # an empty view holds all of it
+        if not self._left:
+            self._unsent.close()  # and let go of it
             if self._done:
                 self._transport.close()
 
@@ -1892,6 +2064,8 @@ class WebChannels:
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or Config()
         self._routes, self._channels = Router(), Router()
+        # The segments of a prefix, and what serves its folder; long prefixes first.
+        self._folders: list[tuple[tuple[str, ...], dict[str, Endpoint]]] = []
         self._open: set[str] = set()  # channels that anyone may subscribe to
         self._on_connect: list[Endpoint] = []
         self._on_disconnect: list[Endpoint] = []
@@ -1902,6 +2076,7 @@ class WebChannels:
         self._done.set()
         self._reset()
         _apps.add(self)
+        self._serve_script("/channels.js")
 
     def _reset(self) -> None:
         """Forget what belongs to one time of serving."""
@@ -1937,13 +2112,32 @@ class WebChannels:
         `/a/:name` matches one segment, `/a/:n::int` converts it (int, float, str); no value has a
         slash. Registering the same path and method again replaces the handler, also while serving.
         What functools.partial() binds, no request can give. The handler returns str (HTML), bytes,
-        dict or list (JSON), a Response, or None (204). `threaded=True` runs a `def` handler in a
-        thread. Raises TypeError or ValueError for what cannot work.
+        dict or list (JSON), a pathlib.Path (that file), a Response, or None (204). `threaded=True`
+        runs a `def` handler in a thread. Raises TypeError or ValueError for what cannot work.
         Example: route("/hello/:name", lambda name: f"Hello, {html.escape(name)}!")
         """
         if not _TOKEN.fullmatch(method):
             raise ValueError(f"not an HTTP method: {method!r}")
         return self._register(self._routes, method.upper(), path, handler, threaded)
+
+    def static(self, prefix: str, folder: str | os.PathLike[str]) -> None:
+        """Serve the files below `folder` at `prefix`, where no route is: `/` is its `index.html`.
+
+        Nothing else is served: no hidden file (`.git`), no list, and no link that leads out of the
+        folder. The same prefix again replaces the folder, and a longer one goes before a shorter
+        one. Raises NotADirectoryError if there is no such folder, ValueError for a bad prefix.
+        Example: static("/", "www")
+        """
+        if not prefix.startswith("/") or "/:" in prefix:
+            raise ValueError(f"a prefix starts with a slash and has no names, not {prefix!r}")
+        top = os.path.realpath(folder)
+        if not os.path.isdir(top):
+            raise NotADirectoryError(errno.ENOTDIR, "there is no such folder", top)
+        endpoint = Endpoint(functools.partial(find_file, top), supplied={"names", "request"})
+        endpoint.path_names = ["names"]
+        segments = tuple(filter(None, prefix.split("/")))
+        folders = {**dict(self._folders), segments: {"GET": endpoint}}
+        self._folders = sorted(folders.items(), key=lambda each: -len(each[0]))
 
     def channel(self, path: str, handler: Callable[..., Any] | None = None, *,
                 threaded: bool = False) -> Callable[[H], H]:
@@ -2043,13 +2237,15 @@ class WebChannels:
                       "nonce": nonce, "src": src}
         if src and src.startswith("/") and not src.startswith("//"):
             attributes["src"] = base + src
-            path = src.partition("?")[0]
-            if self._routes.find(path) is None:
-                kind = "text/javascript; charset=utf-8"
-                self.route(path, lambda: Response(CHANNELS_JS, content_type=kind))
+            self._serve_script(src.partition("?")[0])
         text = "".join(f' {name}="{html.escape(value)}"' for name, value in attributes.items()
                        if value is not None)
         return f"<script{text}>{CHANNELS_JS if src is None else ''}</script>"
+
+    def _serve_script(self, path: str) -> None:
+        if self._routes.find(path) is None:
+            kind = "text/javascript; charset=utf-8"
+            self.route(path, lambda: Response(CHANNELS_JS, content_type=kind))
 
     # The registry.
 
@@ -2389,7 +2585,12 @@ class WebChannels:
             upgrade = "websocket" in request.members("upgrade")
             if upgrade or request.method not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(request)
-            return await (self._upgrade if upgrade else self._respond)(request)
+            if upgrade:
+                return await self._upgrade(request)
+            answer = await self._respond(request)
+            if isinstance(answer.body, Path) and not connection._done:  # who would close it?
+                answer = answer_file(request, answer, answer.body)
+            return answer
         except HTTPError as error:
             logger.info("%r: %s", request, error)
             return error.response
@@ -2404,7 +2605,7 @@ class WebChannels:
         """What the route's handler answers. Raises HTTPError, and whatever the handler raises."""
         method = request.method
         try:
-            endpoints, values = self._routes.find(request.path, decode=True) or ({}, ())
+            endpoints, values = self._find(request.path) or ({}, ())
         except UnicodeDecodeError:
             raise HTTPError(400, "The path is not UTF-8") from None
         endpoint = endpoints.get(method) or endpoints.get("GET" if method == "HEAD" else "")
@@ -2427,14 +2628,23 @@ class WebChannels:
         result = await self._invoke(endpoint, given)
         if result is None:
             return Response(status=204)
-        if isinstance(result, (str, bytes, bytearray, memoryview, dict, list)):
+        if isinstance(result, (str, bytes, bytearray, memoryview, dict, list, Path)):
             return Response(result, json_default=self.config.json_default)
-        if isinstance(result, Response) and not isinstance(result.body, bytes):
+        if isinstance(result, Response) and not isinstance(result.body, (bytes, Path)):
             raise TypeError(f"the body of {endpoint.name}'s Response was set to what is not bytes")
         if not isinstance(result, Response):
             raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
-                            "str, bytes, dict, list, Response or None")
+                            "str, bytes, dict, list, Path, Response or None")
         return result
+
+    def _find(self, path: str) -> Found | None:
+        """The route at `path`, or the folder with the longest prefix. Raises UnicodeDecodeError."""
+        found, folders = self._routes.find(path, decode=True), self._folders
+        names = tuple(split_path(path)) if folders and not found else ()
+        for prefix, endpoints in folders:
+            if found is None and names[:len(prefix)] == prefix:
+                found = endpoints, (names[len(prefix):],)
+        return found
 
     async def _upgrade(self, request: Request) -> ChannelClient:
         """The client that the connection becomes. Raises HTTPError, or what a handler raises."""
@@ -2838,7 +3048,7 @@ app = WebChannels()
 config, params, route, channel = app.config, app.params, app.route, app.channel
 on_connect, on_disconnect, up, serve = app.on_connect, app.on_disconnect, app.up, app.serve
 down, broadcast, subscriptions = app.down, app.broadcast, app.subscriptions
-channels_support, channels_script = app.channels_support, app.channels_script
+channels_support, channels_script, static = app.channels_support, app.channels_script, app.static
 connected_clients, disconnected_clients = app.connected_clients, app.disconnected_clients
 subscribe, unsubscribe, unsubscribe_client = app.subscribe, app.unsubscribe, app.unsubscribe_client
 unsubscribe_disconnected_clients = app.unsubscribe_disconnected_clients
