@@ -1860,6 +1860,413 @@ class HttpTest(ServerTest):
         self.assertGreater(len(statuses), 5)
 
 
+class FilesTest(ServerTest):
+    """Files of a folder, and what handlers return as a Path."""
+
+    TEN = b"0123456789"
+
+    def configure(self, app: WebChannels) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="webchannels-")).resolve()
+        self.addCleanup(shutil.rmtree, self.folder)
+        self.www = self.folder / "www"
+        for name, text in {
+                "www/index.html": "index", "www/a b/\u00e9.txt": "e", "www/ten.txt": "0123456789",
+                "www/empty": "", "www/sub/index.html": "sub", "www/sub/.git/config": "secret",
+                "www/.secret": "secret", "www/.well-known/x": "secret", "www/route": "file",
+                "www/channels.js": "file", "www/con.txt": "con", "secret.txt": "secret",
+                "www2/index.html": "secret", "other/index.html": "other"}.items():
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        app.static("/", self.www)
+        app.static("/files/deep/", str(self.folder / "other"))
+        app.route("/route", lambda: "route")
+        app.route("/only/:name", lambda name: name)
+        app.route("/path", lambda: self.www / "ten.txt")
+        app.route("/gone", lambda: self.www / "gone.txt")
+        app.route("/zero", lambda name="\0": self.www / name)
+        app.route("/folder", lambda: self.www)
+        app.route("/page-404", lambda: Response(self.www / "ten.txt", 404))
+        app.route("/posted", lambda: self.www / "ten.txt", method="POST")
+        app.route("/download", lambda: Response(
+            self.www / "ten.txt", content_type="text/x", headers={
+                "Content-Disposition": "attachment", "ETag": '"Mine"',
+                "cache-control": "max-age=5"}))
+
+    def big(self, size: int = 40_000_000) -> Path:
+        """More than any buffer between."""
+        path = self.www / "big"
+        path.write_bytes(os.urandom(1 << 20) * (size >> 20) + b"end")
+        return path
+
+    def ask(self, connection: Connection, target: str = "/big", fields: str = "") -> None:
+        connection.send_raw(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n".encode())
+
+    def begin(self, connection: Connection, target: str = "/big", fields: str = "") -> Any:
+        """Ask for a file, and wait until its sending waits for us; the server's side of it."""
+        self.ask(connection, target, fields)
+        select.select([connection.sock], [], [], 10)
+        return self.until(lambda: next((each for each in list(self.app._http)
+                                        if each._left and each._behind), None))
+
+    def test_a_folder(self) -> None:
+        for path, body in (
+                ("/", b"index"), ("/index.html", b"index"), ("/a%20b/%C3%A9.txt", b"e"),
+                ("/ten.txt?x=1", self.TEN), ("/empty", b""), ("/sub/", b"sub"),
+                ("/files/deep/", b"other"), ("/files/deep/index.html", b"other"),
+                ("/%74en.txt", self.TEN), ("/route", b"route"), ("/only/x", b"x"),
+                ("/channels.js", webchannels.CHANNELS_JS.encode())):
+            with self.subTest(path):
+                reply = request("GET", self.url + path)
+                self.assertEqual((reply.status, reply.body), (200, body))
+        self.app.static("/", self.folder / "other")
+        self.assertEqual(request("GET", self.url).body, b"other")
+
+    def test_nothing_else_is_served(self) -> None:
+        up, folder = "../" * 12, str(self.folder)
+        for path in (
+                "/nope", "/sub/nope", "/ten.txt/", "/ten.txt/x", "/.secret", "/sub/.git/config",
+                "/.well-known/x", "/a%20b/", "/..", "/../secret.txt", "/../www2/index.html",
+                "/sub/../ten.txt", "/./ten.txt", "/%2e%2e/secret.txt", "/%2E%2E%2Fsecret.txt",
+                "/..%2fsecret.txt", "/..%5csecret.txt", "/..\\secret.txt", "/sub%2findex.html",
+                "/sub%5cindex.html", "/%252e%252e/secret.txt", "/%c0%ae%c0%ae/secret.txt",
+                "/..%00/secret.txt", "/ten.txt%00", "/ten.txt%0a", "//ten.txt", "/sub//index.html",
+                "//etc/passwd", "/%2fetc%2fpasswd", f"/{up}etc/passwd", f"/{folder}/secret.txt",
+                f"/{folder.replace('/', '%2f')}%2fsecret.txt", "/C:/Windows/win.ini", "/c%3a/",
+                "/ten.txt::$DATA", "/" + "a" * 300, "/" + "a/" * 5000, "/files", "/files/",
+                "/files/deep/nope", "/files/deepindex.html", "/%ed%a0%80", "/index.html/../ten.txt",
+                "/~/secret.txt", "/..;/secret.txt", "/....//secret.txt", "/*", "/ten.tx?"):
+            with self.subTest(path):
+                reply = request("GET", self.url + path)
+                self.assertIn(reply.status, (400, 404))
+                self.assertNotIn(b"secret", reply.body)
+        for method, status in ("POST", 405), ("PUT", 405), ("DELETE", 405), ("BREW", 501):
+            reply = request(method, self.url + "/ten.txt")
+            self.assertEqual(reply.status, status)
+            if status == 405:
+                self.assertEqual(reply.headers["allow"], "GET, HEAD, OPTIONS")
+
+    def test_links(self) -> None:
+        links: dict[str, str | Path] = {
+            "out": self.folder / "secret.txt", "up": self.folder, "in": self.www / "sub",
+            "hidden": self.www / ".secret", "git": self.www / "sub" / ".git", "loop": "loop",
+            "ten": "ten.txt", "gone": "nowhere", "abs": "/etc"}
+        try:
+            for name, target in links.items():
+                (self.www / name).symlink_to(target)
+        except OSError as error:
+            self.skipTest(str(error))
+        self.assertEqual(request("GET", self.url + "/in/").body, b"sub")
+        self.assertEqual(request("GET", self.url + "/ten").body, self.TEN)
+        for path in ("/out", "/up", "/up/", "/up/secret.txt", "/up/www2/", "/hidden", "/git",
+                     "/git/config", "/loop", "/loop/", "/gone", "/abs", "/abs/", "/abs/passwd",
+                     "/in/.git/config"):
+            self.assertEqual(request("GET", self.url + path).status, 404, path)
+        link = self.folder / "link"  # the folder itself may be one
+        link.symlink_to(self.www)
+        self.app.static("/link", link)
+        self.assertEqual(request("GET", self.url + "/link/ten.txt").body, self.TEN)
+
+    def test_names_that_windows_makes_something_else_of(self) -> None:
+        names = re.compile(f"(?s:{webchannels._NOT_ON_WINDOWS})")
+        with mock.patch.object(webchannels, "_NO_NAME", names):
+            for name in ("con.txt", "CON", "nul", "Aux.tar.gz", "com1", "LPT9.txt", "com\u00b9.js",
+                         "con .txt", "conin$", "a:b", "c:", "index.html.", "index.html ",
+                         "ten.txt::$DATA", "ten.t?t", "*"):
+                path = "/%" + name.encode().hex("-").replace("-", "%")
+                self.assertEqual(request("GET", self.url + path).status, 404, name)
+            for path in "/", "/ten.txt", "/a%20b/%C3%A9.txt", "/sub/":
+                self.assertEqual(request("GET", self.url + path).status, 200, path)
+        reply = request("GET", self.url + "/con.txt")
+        self.assertEqual(reply.status, 404 if os.name == "nt" else 200)
+
+    def test_what_is_no_file_is_not_waited_for(self) -> None:
+        if not hasattr(os, "mkfifo"):
+            self.skipTest("needs FIFOs")
+        os.mkfifo(self.www / "fifo")
+        self.app.route("/null", lambda: Path("/dev/null"))
+        for path in "/fifo", "/null", "/folder", "/gone", "/zero":
+            self.assertEqual(request("GET", self.url + path).status, 404, path)
+
+    def test_a_file_of_the_program_that_is_not_there_is_told(self) -> None:
+        logging.getLogger("webchannels").level = logging.NOTSET
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            request("GET", self.url + "/gone")
+            self.assertEqual(request("GET", self.url + "/nope").status, 404)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn(str(self.www / "gone.txt"), logs.output[0])
+
+    def test_a_folders_path_gets_a_slash(self) -> None:
+        for path, place in (("/sub", "./sub/"), ("/sub?a=//b", "./sub/?a=//b"),
+                            ("/files/deep", "./deep/"), ("/%73ub", "./%73ub/")):
+            for method in "GET", "HEAD":
+                reply = request(method, self.url + path)
+                self.assertEqual((reply.status, reply.headers["location"]), (302, place))
+        (self.www / "evil.example").mkdir()
+        for path in "//evil.example", "/%2fevil.example", "/\\evil.example", "/%5cevil.example":
+            self.assertEqual(request("GET", self.url + path).status, 404, path)
+
+    def test_types(self) -> None:
+        for name, kind in {
+                "a.html": "text/html; charset=utf-8", "a.css": "text/css; charset=utf-8",
+                "a.js": "text/javascript; charset=utf-8", "a.txt": "text/plain; charset=utf-8",
+                "A.MJS": "text/javascript; charset=utf-8", "a.json": "application/json",
+                "a.csv": "text/csv; charset=utf-8", "a.svg": "image/svg+xml", "a.png": "image/png",
+                "a.webp": "image/webp", "a.avif": "image/avif", "a.woff2": "font/woff2",
+                "a.wasm": "application/wasm", "a.mp4": "video/mp4", "a.webm": "video/webm",
+                "a.map": "application/json", "a.ico": "image/x-icon",
+                "a.tar.gz": "application/gzip", "a.tgz": "application/gzip",
+                "a.bz2": "application/octet-stream",
+                "a": "application/octet-stream", "a.odd": "application/octet-stream",
+                "html": "application/octet-stream",
+                "a.pdf": "application/pdf", "a.jpg": "image/jpeg", "a.md": "text/markdown; "
+                "charset=utf-8", "a.wav": "audio/wav"}.items():
+            with self.subTest(name):
+                (self.www / name).write_bytes(b"x")
+                self.app.route("/typed", functools.partial(self.www.joinpath, name))
+                reply = request("GET", self.url + "/typed")
+                self.assertEqual(reply.headers["content-type"], kind)
+                self.assertEqual(reply.headers["x-content-type-options"], "nosniff")
+                self.assertNotIn("content-encoding", reply.headers)
+
+    def test_what_handlers_return(self) -> None:
+        reply = request("GET", self.url + "/path")
+        self.assertEqual((reply.status, reply.body), (200, self.TEN))
+        self.assertEqual(reply.headers["cache-control"], "no-cache")
+        reply = request("GET", self.url + "/download")
+        self.assertEqual((reply.headers["content-disposition"], reply.headers["cache-control"],
+                          reply.headers["etag"], reply.headers["content-type"]),
+                         ("attachment", "max-age=5", '"Mine"', "text/x"))
+        for tag, status in ('"Mine"', 304), ('"mine"', 200), ('W/"Mine"', 304):
+            reply = request("GET", self.url + "/download", {"If-None-Match": tag})
+            self.assertEqual(reply.status, status)
+        for path, method, status in ("/page-404", "GET", 404), ("/posted", "POST", 200):
+            reply = request(method, self.url + path, {
+                "If-None-Match": "*", "If-Match": '"x"', "Range": "bytes=1-2"})
+            self.assertEqual((reply.status, reply.body), (status, self.TEN))
+
+    def test_head(self) -> None:
+        with Connection(self.url) as connection:
+            connection.send_raw(b"HEAD /ten.txt HTTP/1.1\r\nHost: localhost\r\n"
+                                b"Range: bytes=1-2\r\n\r\n")
+            reply = connection.response("HEAD")
+            self.assertEqual((reply.status, reply.headers["content-length"]), (200, "10"))
+            self.assertEqual(reply.headers["accept-ranges"], "bytes")
+            self.ask(connection, "/ten.txt")
+            whole = connection.response()
+        self.assertEqual({**reply.headers, "date": ""}, {**whole.headers, "date": ""})
+
+    def test_conditions(self) -> None:
+        """RFC 9110, 13.2.2, in its order."""
+        path = self.www / "ten.txt"
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        reply = request("GET", self.url + "/ten.txt")
+        tag, then = reply.headers["etag"], "Sun, 09 Sep 2001 01:46:40 GMT"
+        self.assertRegex(tag, '^"[^"]+"$')
+        self.assertEqual(reply.headers["last-modified"], then)
+        before, after = then.replace("40 GMT", "39 GMT"), then.replace("40 GMT", "41 GMT")
+        for fields, status in (
+                ({"If-None-Match": tag}, 304), ({"If-None-Match": f"W/{tag}"}, 304),
+                ({"If-None-Match": f'"a,b", W/"c",{tag}'}, 304), ({"If-None-Match": "*"}, 304),
+                ({"If-None-Match": '"x"'}, 200), ({"If-None-Match": tag[1:-1]}, 200),
+                ({"If-None-Match": '"x"', "If-Modified-Since": then}, 200),
+                ({"If-None-Match": tag, "If-Modified-Since": before}, 304),
+                ({"If-Modified-Since": then}, 304), ({"If-Modified-Since": after}, 304),
+                ({"If-Modified-Since": before}, 200), ({"If-Modified-Since": "yesterday"}, 200),
+                ({"If-Modified-Since": "Sunday, 09-Sep-01 01:46:40 GMT"}, 304),
+                ({"If-Modified-Since": "Sun Sep  9 01:46:40 2001"}, 304),
+                ({"If-Modified-Since": "Sun Sep  9 01:46:39 2001"}, 200),
+                ({"If-Modified-Since": "Sun, 99 Foo 99999999999 99:99:99 GMT"}, 200),
+                ({"If-Match": tag}, 200), ({"If-Match": "*"}, 200), ({"If-Match": f"W/{tag}"}, 412),
+                ({"If-Match": f'"x", {tag}'}, 200), ({"If-Match": '"x"'}, 412),
+                ({"If-Match": tag, "If-Unmodified-Since": before}, 200),
+                ({"If-Match": '"x"', "If-None-Match": tag}, 412),
+                ({"If-Match": tag, "If-None-Match": tag}, 304),
+                ({"If-Unmodified-Since": then}, 200), ({"If-Unmodified-Since": before}, 412),
+                ({"If-Unmodified-Since": "x"}, 200),
+                ({"If-Unmodified-Since": before, "If-None-Match": tag}, 412),
+                ({"Range": "bytes=1-2", "If-None-Match": tag}, 304),
+                ({"Range": "bytes=99-", "If-None-Match": tag}, 304),
+                ({"Range": "bytes=99-", "If-Match": '"x"'}, 412),
+                ({"Range": "bytes=1-2", "If-Match": tag}, 206),
+                ({"Range": "bytes=1-2", "If-Range": tag}, 206),
+                ({"Range": "bytes=1-2", "If-Range": f"W/{tag}"}, 200),
+                ({"Range": "bytes=1-2", "If-Range": '"x"'}, 200),
+                ({"Range": "bytes=99-", "If-Range": '"x"'}, 200),
+                ({"Range": "bytes=1-2", "If-Range": before}, 200),
+                ({"If-Range": '"x"'}, 200)):
+            for method in "GET", "HEAD":
+                with self.subTest(fields, method=method):
+                    reply = request(method, self.url + "/ten.txt", fields)
+                    expected = 200 if (method, status) == ("HEAD", 206) else status
+                    self.assertEqual(reply.status, expected)
+                    if status != 412:
+                        self.assertEqual(reply.headers["etag"], tag)
+                    if status == 200 and method == "GET":
+                        self.assertEqual(reply.body, self.TEN)
+        path.write_bytes(self.TEN[::-1])  # of the same size
+        reply = request("GET", self.url + "/ten.txt", {"If-None-Match": tag})
+        self.assertEqual((reply.status, reply.body), (200, self.TEN[::-1]))
+        for odd in -5, 2 ** 33:  # Last-Modified is no date that is still to come (8.8.2.1)
+            os.utime(path, (odd, odd))
+            reply = request("GET", self.url + "/ten.txt")
+            told = email.utils.parsedate_to_datetime(reply.headers["last-modified"])
+            self.assertLessEqual(told, email.utils.parsedate_to_datetime(reply.headers["date"]))
+
+    def test_ranges(self) -> None:
+        for asked, start, stop in (
+                ("bytes=0-0", 0, 1), ("bytes=1-3", 1, 4), ("bytes=5-", 5, 10), ("bytes=0-", 0, 10),
+                ("bytes=9-", 9, 10), ("bytes=-3", 7, 10), ("bytes=-99", 0, 10),
+                ("BYTES= 2-3 ", 2, 4), ("bytes=2-99999999999999999999999", 2, 10)):
+            reply = request("GET", self.url + "/ten.txt", {"Range": asked})
+            self.assertEqual((reply.status, reply.body), (206, self.TEN[start:stop]), asked)
+            self.assertEqual(reply.headers["content-range"], f"bytes {start}-{stop - 1}/10")
+        for asked in ("bytes=10-", "bytes=99-100", "bytes=-0", "bytes=9999999999999999999999-"):
+            reply = request("GET", self.url + "/ten.txt", {"Range": asked})
+            self.assertEqual((reply.status, reply.headers["content-range"]), (416, "bytes */10"))
+        for asked in ("bytes=0-0,-1", "bytes=0-1, 3-4", "bytes=3-1", "bytes=-", "bytes=a-b",
+                      "bytes=", "lines=1-2", "bytes 1-2", "bytes=--1", "bytes=+1-2", "bytes=1-2-3",
+                      "1-2", "bytes=\xb2-3", "bytes=" + "9" * 1500 + "-", "bytes=1-2,"):
+            reply = request("GET", self.url + "/ten.txt", {"Range": asked})
+            self.assertEqual((reply.status, reply.body), (200, self.TEN), asked)
+        for asked in ("bytes=0-", "bytes=-5", "bytes=0-0"):
+            reply = request("GET", self.url + "/empty", {"Range": asked})
+            self.assertEqual((reply.status, reply.body), (200, b""), asked)
+
+    def test_a_large_file_takes_little_memory(self) -> None:
+        path = self.big()
+        data, room = path.read_bytes(), bytearray(1 << 20)
+        with Connection(self.url) as connection:
+            self.ask(connection)  # once, for what is allocated only once
+            self.assertEqual(connection.response().body, data)
+            tracemalloc.start()
+            self.addCleanup(tracemalloc.stop)
+            self.begin(connection, fields="Range: bytes=1000000-\r\n")
+            got = 0
+            while got < len(data) - 1_000_000:
+                got += connection.sock.recv_into(room)
+            self.assertLess(tracemalloc.get_traced_memory()[1], 2 << 20)
+
+    def test_a_file_that_becomes_shorter_is_cut(self) -> None:
+        logging.getLogger("webchannels").level = logging.NOTSET
+        path = self.big()
+        with Connection(self.url) as connection, self.assertLogs("webchannels", "WARNING") as logs:
+            self.begin(connection)
+            os.truncate(path, 20_000_000)
+            with self.assertRaises((EOFError, ConnectionError)):
+                connection.response()
+            self.until(lambda: logs.output)
+        self.assertIn(str(path), logs.output[0])
+        self.assertEqual(len(logs.output), 1)
+
+    def test_a_file_that_vanishes_or_grows_is_sent_as_it_was(self) -> None:
+        path = self.big()
+        data = path.read_bytes()
+        with Connection(self.url) as connection:
+            self.begin(connection)
+            with path.open("ab") as file:
+                file.write(b"more")
+            if os.name != "nt":
+                path.unlink()
+            self.assertEqual(connection.response().body, data)
+
+    def test_a_file_is_open_only_while_it_is_sent(self) -> None:
+        self.big()
+        for leave in Connection.close, Connection.reset:
+            connection = Connection(self.url)
+            side = self.begin(connection)
+            file = side._unsent
+            self.assertFalse(file.closed)
+            leave(connection)
+            self.until(functools.partial(getattr, file, "closed"))
+        with Connection(self.url) as connection:
+            file = self.begin(connection)._unsent
+            connection.response()
+            self.until(lambda: file.closed)
+            self.ask(connection, "/ten.txt")
+            self.assertEqual(connection.response().body, self.TEN)
+
+    def test_requests_behind_a_file_wait_for_it(self) -> None:
+        data = self.big().read_bytes()
+        with Connection(self.url) as connection:
+            for target in "/big", "/ten.txt", "/big", "/nope":
+                self.ask(connection, target)
+            self.assertEqual(connection.response().body, data)
+            self.assertEqual(connection.response().body, self.TEN)
+            self.assertEqual(connection.response().body, data)
+            self.assertEqual(connection.response().status, 404)
+
+    def test_who_sends_no_more_gets_the_file(self) -> None:
+        data = self.big().read_bytes()
+        for fields in "", "Connection: close\r\n":
+            with Connection(self.url) as connection:
+                side = self.begin(connection, fields=fields)
+                connection.sock.shutdown(socket.SHUT_WR)
+                self.until(functools.partial(getattr, side, "_peer_done"))
+                self.assertEqual(connection.response().body, data)
+                self.assertEqual(connection.rest(), b"")
+
+    def test_a_file_that_nobody_reads_is_given_up(self) -> None:
+        self.big()
+        self.app.config.handshake_timeout = 0.3
+        with Connection(self.url) as connection, \
+                mock.patch.object(webchannels, "_SLOWEST", 1 << 20):
+            side = self.begin(connection)
+            self.until(lambda: side._transport is None)
+            self.assertTrue(side._unsent.closed)
+            with self.assertRaises((EOFError, ConnectionError)):
+                connection.response()
+
+    def test_down_waits_for_a_file(self) -> None:
+        data = self.big().read_bytes()
+        for patience in 60, 0.1:
+            self.app.down()
+            self.app.config.shutdown_timeout = patience
+            with serve(self.app) as self.url, Connection(self.url) as connection:
+                side = self.begin(connection)
+                file = side._unsent
+                thread = threading.Thread(target=self.app.down)
+                thread.start()
+                self.until(lambda: not self.app.url or self.app._stopping)
+                if patience == 60:
+                    self.assertEqual(connection.response().body, data)
+                    self.assertEqual(connection.rest(), b"")
+                else:
+                    with self.assertRaises((EOFError, ConnectionError)):
+                        thread.join()
+                        connection.response()
+                thread.join()
+                self.assertTrue(file.closed)
+
+    def test_over_tls(self) -> None:
+        data = self.big().read_bytes()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate(self.folder))
+        self.app.down()
+        with serve(self.app, ssl=context) as url, Connection(url) as connection:
+            for target, body in (("/big", data), ("/ten.txt", self.TEN), ("/big", data)):
+                self.ask(connection, target)
+                self.assertEqual(connection.response().body, body)
+
+    def test_folders_that_cannot_be(self) -> None:
+        for prefix, folder, error in (
+                ("/", self.folder / "nope", NotADirectoryError), ("files", self.www, ValueError),
+                ("/", self.www / "ten.txt", NotADirectoryError), ("/:name", self.www, ValueError)):
+            with self.assertRaises(error):
+                self.app.static(prefix, folder)
+
+    def test_channels_js_is_always_there(self) -> None:
+        app = WebChannels()
+        app.route("/:name", lambda name: name)
+        with serve(app) as url:
+            reply = request("GET", url + "/channels.js")
+            self.assertEqual(reply.body, webchannels.CHANNELS_JS.encode())
+            self.assertEqual(reply.headers["content-type"], "text/javascript; charset=utf-8")
+            app.route("/channels.js", lambda: "mine")
+            app.channels_support(src="/channels.js")
+            self.assertEqual(request("GET", url + "/channels.js").body, b"mine")
+
+
 class TimeLimitsTest(ServerTest):
     def configure(self, app: WebChannels) -> None:
         app.config.handshake_timeout = 0.3
