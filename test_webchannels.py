@@ -6827,6 +6827,44 @@ class InChromium(BrowserTest):
             page.evaluate("(window.before = heights.join(), 0)")
             page.wait_for("heights.join() !== before")
 
+    def test_a_folder_of_files(self) -> None:
+        """A page, a style, a module, channels.js, and a sound that is sought in by ranges."""
+        folder = Path(tempfile.mkdtemp(prefix="webchannels-"))
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "live").mkdir()
+        rate, seconds = 8000, 600
+        sound = struct.pack(
+            "<4sI4s4sIHHIIHH4sI", b"RIFF", 36 + rate * seconds, b"WAVE", b"fmt ", 16,
+            1, 1, rate, rate, 1, 8, b"data", rate * seconds)
+        for name, text in {
+                "index.html": "<!doctype html><link rel=stylesheet href=style.css><h1>Files</h1>"
+                "<audio src=sound.wav preload=metadata></audio><script src=/channels.js></script>"
+                "<script type=module src=app.mjs></script>",
+                "style.css": "h1 { color: rgb(1, 2, 3) }", "app.mjs": "import './more.js'",
+                "more.js": "window.more = true; await WebChannels.subscribe('____')"}.items():
+            (folder / "live" / name).write_text(text)
+        (folder / "live" / "sound.wav").write_bytes(sound + bytes([128]) * rate * seconds)
+        self.app.static("/", folder)
+        with serve(self.app) as url:
+            page = self.page(f"{url}/live")  # there it gets a slash
+            page.wait_console("Subscription ready")
+            page.wait_for("window.more")
+            self.assertEqual(page.evaluate("location.pathname"), "/live/")
+            self.assertEqual(page.evaluate(
+                "getComputedStyle(document.querySelector('h1')).color"), "rgb(1, 2, 3)")
+            self.assertEqual(page.evaluate("""new Promise((done, failed) => {
+                const audio = document.querySelector('audio')
+                audio.onerror = failed
+                audio.onseeked = () => done([audio.duration, audio.currentTime])
+                const seek = () => { audio.currentTime = 500 }
+                audio.readyState ? seek() : audio.onloadedmetadata = seek })"""), [600, 500])
+            self.assertEqual(page.evaluate(
+                "fetch('sound.wav', { headers: { Range: 'bytes=0-3' } }).then(async answer => "
+                "[answer.status, await answer.text()])"), [206, "RIFF"])
+            page.reload()
+            page.wait_console("Subscription ready")
+            self.assertEqual(page.errors, [])
+
 
 class InFirefox(InChromium):
     kind = Firefox
