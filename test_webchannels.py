@@ -2659,9 +2659,11 @@ class BoundsTest(ServerTest):
         self.app.on_connect(lambda: connections.extend(self.app._http))
         self.connect()
         self.until(self.app.connected_clients)
-        assert self.app._loop
-        self.app._loop.call_soon_threadsafe(connections[0].connection_lost, None)
+        writer, loop = self.app.connected_clients()[0]._writer, self.app._loop
+        assert writer and loop
+        loop.call_soon_threadsafe(connections[0].connection_lost, None)
         self.until(lambda: not self.app.connected_clients() and not self.app._sockets)
+        loop.call_soon_threadsafe(writer.close)  # here, nothing was lost
 
     def test_a_transport_that_cannot_read_any_more_is_no_error(self) -> None:
         """So it is with TLS before Python 3.11, when the socket is lost and it is not yet told."""
