@@ -2037,6 +2037,11 @@ class FilesTest(ServerTest):
         self.assertEqual((reply.headers["content-disposition"], reply.headers["cache-control"],
                           reply.headers["etag"], reply.headers["content-type"]),
                          ("attachment", "max-age=5", '"Mine"', "text/x"))
+        self.app.route("/weak", lambda: Response(
+            self.www / "ten.txt", headers={"ETag": 'W/"Mine"'}))
+        for name, status in ("If-Match", 412), ("If-None-Match", 304), ("If-Range", 200):
+            reply = request("GET", self.url + "/weak", {name: 'W/"Mine"', "Range": "bytes=1-2"})
+            self.assertEqual(reply.status, status)
         for tag, status in ('"Mine"', 304), ('"mine"', 200), ('W/"Mine"', 304):
             reply = request("GET", self.url + "/download", {"If-None-Match": tag})
             self.assertEqual(reply.status, status)
@@ -7120,6 +7125,25 @@ class ReadmeTest(BrowserTest):
         for heading, condition in PROGRAMS.items():
             with self.subTest(heading), self.start(heading):
                 self.open().wait_for(condition)
+
+    def test_a_folder_of_files(self) -> None:
+        heading = "Your own folder of files"
+        (self.folder / "www").mkdir()
+        for language, name in ("html", "index.html"), ("js", "page.js"), ("css", "style.css"):
+            [text] = self.texts(heading, language)
+            (self.folder / "www" / name).write_text(text)
+        with self.start(heading):
+            page = self.open()
+            page.wait_for(r"/\d\d:\d\d:\d\d/.test(document.querySelector('h1').textContent)")
+            self.assertEqual(page.evaluate(
+                "getComputedStyle(document.querySelector('h1')).textAlign"), "center")
+
+    def test_files(self) -> None:
+        with self.start("Files", then="up()\n"):
+            self.assertEqual(request("GET", self.url + "/report").status, 404)
+            (self.folder / "report.csv").write_text("a,b\n")
+            for path in "/report", "/download":
+                self.assertEqual(request("GET", self.url + path).body, b"a,b\n")
 
     def test_rooms(self) -> None:
         heading = "A chat with rooms, where a cookie decides who may subscribe"
