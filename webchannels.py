@@ -1416,7 +1416,7 @@ class HTTPConnection(Connection):
             if self._left and not self._behind:
                 self._app._line_up(self)  # not now: others have their turn
         settings = self._app.config
-        if self._done or self._behind or self._left:
+        if self._done or self._behind:
             self._wait(settings.handshake_timeout, _PIECE)
         elif not self._begun:
             self._wait(settings.keep_alive_timeout)
