@@ -6,6 +6,7 @@ release of what is being worked on.
 
 from __future__ import annotations
 
+import array
 import ast
 import asyncio
 import base64
@@ -258,8 +259,13 @@ class WebSocketClient(Connection):
     def send_binary(self, data: bytes) -> None:
         self.send_message(BINARY, data)
 
-    def send_json(self, value: Any) -> None:
-        self.send_text(json.dumps(value))
+    def send_json(self, value: Any, payload: bytes | None = None) -> None:
+        """An envelope; with bytes for its payload as webchannels.v1 has them."""
+        text = json.dumps(value)
+        if payload is None:
+            self.send_text(text)
+        else:
+            self.send_binary(text.encode() + b"\n" + payload)
 
     def send_close(self, code: int = 1000, reason: str = "") -> None:
         self.send_frame(CLOSE, struct.pack("!H", code) + reason.encode())
@@ -310,6 +316,13 @@ class WebSocketClient(Connection):
 
     def recv_json(self, timeout: float | None = None) -> Any:
         return json.loads(self.recv_text(timeout))
+
+    def recv_envelope(self, timeout: float | None = None) -> Any:
+        """The same, also of a binary message of webchannels.v1: its payload is bytes."""
+        opcode, data = self.recv(timeout)
+        head, *payload = data.split(b"\n", 1) if opcode == BINARY else [data]
+        assert opcode == TEXT or payload, data
+        return {**json.loads(head), **({"payload": payload[0]} if payload else {})}
 
     def recv_close(self, timeout: float | None = None) -> tuple[int, str]:
         """Skip messages up to the close frame; (1006, "") when the stream just ends."""
@@ -974,7 +987,7 @@ class FrameReaderTest(unittest.TestCase):
                     (b"a" * 99, 0, 0, False), (b"a" * 99, 9, 99, True), (b"abc", 15, 0, False),
                     (bytes(range(64)) * 900, 9, 0, True), (b"a" * 200_000, 15, 0, True),
                     (os.urandom(3000), 15, 0, False)):
-                encoded = webchannels.encode_message(opcode, body, bits, threshold)
+                encoded = webchannels.encode_message(opcode, body, b"", bits, threshold)
                 self.assertEqual(encoded[0], (0xC0 if deflated else 0x80) | opcode)
                 size = encoded[1]
                 start = 2 if size < 126 else 4 if size == 126 else 10
@@ -989,7 +1002,7 @@ class FrameReaderTest(unittest.TestCase):
         for tail in range(40):  # deflated if that is shorter, be it by one byte
             body = bytes(range(100)) + b"a" * tail
             shorter = min(body, packed(body), key=len)
-            self.assertEqual(webchannels.encode_message(BINARY, body, 15, 0)[-len(shorter):],
+            self.assertEqual(webchannels.encode_message(BINARY, body, b"", 15, 0)[-len(shorter):],
                              shorter)
 
     SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {
@@ -3269,7 +3282,9 @@ class MessagesTest(ServerTest):
         ("echo", "hi", {"channel": "____", "message": "hi"}, {"payload": "hi"}),
         ("dict", {"channel": "____", "message": "dict", "payload": {"a": 1}},
          {"channel": "____", "message": "dict", "payload": {"a": 1}}, {"payload": {"a": 1}}),
-        ("none", None, None, {"payload": None}), ("bytes", b"\0\1", b"\0\1", b"\0\1"),
+        ("none", None, None, {"payload": None}),
+        ("bytes", b"\0\1", {"channel": "____", "message": "bytes", "payload": b"\0\1"},
+         {"payload": b"\0\1"}),
         ("boom", "ERROR : 500 - Internal error", {
             "error": "ERROR : 500 - Internal error", "channel": "____", "message": "boom"},
          {"error": "ERROR : 500 - Internal error"}),
@@ -3313,13 +3328,12 @@ class MessagesTest(ServerTest):
                         expected = {**expected, "ref": ref}
                     with self.subTest(name, ref=ref):
                         client.send_json({**message, **({"ref": ref} if ref else {})})
-                        if expected is not None:
+                        if isinstance(expected, dict):
+                            self.assertEqual(client.recv_envelope(), expected)
+                        elif expected is not None:
                             opcode, data = client.recv()
                             self.assertEqual(
-                                expected, data if opcode == BINARY else data.decode()
-                                if isinstance(expected, str) else json.loads(data))
-                            if opcode == BINARY and client is v1 and ref:
-                                self.assertEqual(client.recv_json(), {"ref": ref, "payload": None})
+                                data if opcode == BINARY else data.decode(), expected)
         plain.send_json({"channel": "math/add/2", "message": "3"})
         self.assertEqual(plain.recv_json(), {"channel": "math/add/2", "message": "3", "payload": 5})
 
@@ -3372,6 +3386,85 @@ class MessagesTest(ServerTest):
         self.app.channel("/", lambda: {"a": 1})
         plain.send_text("x")
         self.assertEqual(plain.recv_text(), '{"a":1}')
+
+    def test_bytes_are_payloads(self) -> None:
+        kinds: list[type] = []
+
+        @self.app.channel("/____/same")
+        async def same(payload: Any) -> Any:
+            kinds.append(type(payload))
+            return payload
+
+        look_alike = b'{"channel":"____","message":"boom"}\n'
+        large = os.urandom(300_000)
+        for options in {}, {"deflate": True}:
+            v1 = self.connect(subprotocol="webchannels.v1", **options)
+            for name in "echo", "same":  # `def` and `async def`
+                message = {"channel": "____", "message": name}
+                for payload in b"", b"\n", look_alike, b"\xff\0" * 3000, large:
+                    v1.send_json({**message, "ref": 1}, payload)
+                    self.assertEqual(v1.recv_envelope(), {"ref": 1, "payload": payload})
+                    v1.send_json(message, payload)
+                    self.assertEqual(v1.recv_envelope(), {**message, "payload": payload})
+        self.assertEqual({*kinds}, {bytes})
+        v1 = self.connect(subprotocol="webchannels.v1")
+        head = b' {"channel":"____", "message":"echo"}\t'
+        v1.send_frame(BINARY, head[:9], fin=False)  # not the whole envelope
+        v1.send_frame(CONTINUATION, head[9:], fin=False)
+        v1.send_frame(CONTINUATION, b"\n")
+        self.assertEqual(v1.recv_envelope()["payload"], b"")
+        numbers = array.array("d", [0.5, -2])
+        for given in (bytearray(b"\0\n"), memoryview(numbers), memoryview(b"abcd")[::2]):
+            self.app.channel("/____/given", lambda given=given: given)
+            v1.send_json({"channel": "____", "message": "given", "ref": 2.5})
+            self.assertEqual(v1.recv_envelope(), {"ref": 2.5, "payload": bytes(given)})
+        plain = self.connect()  # there, a binary message is bare, whatever it looks like
+        plain.send_binary(look_alike)
+        self.assertEqual(plain.recv_text(), "ERROR : 404 - Not found")
+        self.app.channel("/", lambda payload: payload)
+        plain.send_binary(look_alike)
+        self.assertEqual(plain.recv(), (BINARY, look_alike))
+        self.app.channel("/", lambda payload: payload.encode())
+        v1.send_text("hello")  # what is no envelope has no name: nor has its answer
+        self.assertEqual(v1.recv_envelope(),
+                         {"channel": "____", "message": "", "payload": b"hello"})
+
+    def test_binary_messages_without_a_good_envelope(self) -> None:
+        self.app.channel("/", lambda: "it gets none of these")
+        v1 = self.connect(subprotocol="webchannels.v1")
+        logging.getLogger("webchannels").setLevel(logging.INFO)
+        good = b'{"channel":"____","message":"echo","ref":1}'
+        what = "ERROR : 400 - A binary message is an envelope, a line feed, and bytes"
+        with self.assertLogs("webchannels", "INFO") as logs:
+            for data in (b"", b"\n", b"\n" + good, good, good[:-1] + b"\n", b"x" + good + b"\n",
+                         good + b"x\nabc", good.replace(b"echo", b"ech\xff") + b"\nabc",
+                         b"\xef\xbb\xbf" + good + b"\n", good.replace(b",", b",\n", 1) + b"\nabc",
+                         b"[1]\nabc", b'"a"\nabc', b'{"a":1}\nabc', b"{" * 2000 + b"\nabc",
+                         good[:-1] + b',"payload":null}\nabc', bytes(100_000)):
+                v1.send_binary(data)
+                self.assertEqual(
+                    v1.recv_json(), {"error": what, "channel": "", "message": ""}, data)
+            for bad in ({"channel": 5, "message": "echo"}, {"channel": "____", "message": "e/cho"},
+                        {"channel": "x" * 257, "message": "a"}, {"channel": "____"},
+                        {"channel": "____", "message": "x" * 257}):
+                v1.send_json({**bad, "ref": 7}, b"abc")
+                self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", "ref": 7})
+        self.assertEqual(len(logs.output), 1, logs.output)  # the others of its kind are counted
+        v1.send_json(json.loads(good), b"abc")
+        self.assertEqual(v1.recv_envelope(), {"ref": 1, "payload": b"abc"})
+
+    def test_a_reply_of_too_many_bytes(self) -> None:
+        self.app.channel("/____/much", lambda payload: bytes(payload))
+        self.app.config.max_send_buffer = 5000
+        v1, plain = self.connect(subprotocol="webchannels.v1"), self.connect()
+        message = {"channel": "____", "message": "much", "ref": 1}
+        for size, fits in (5000 - len('{"ref":1}\n'), True), (5000 - len('{"ref":1}'), False):
+            v1.send_json({**message, "payload": size})
+            self.assertEqual(v1.recv_envelope(), {
+                "ref": 1, **({"payload": bytes(size)} if fits
+                             else {"error": "ERROR : 500 - Internal error"})})
+        plain.send_json({**message, "payload": 5001})
+        self.assertEqual(plain.recv_text(), "ERROR : 500 - Internal error")
 
     def test_integers_of_very_many_digits(self) -> None:
         """Their cost is quadratic: Python refuses them, but old ones must be told."""
@@ -3867,9 +3960,16 @@ class RegistryTest(ServerTest):
                 self.assertEqual(received, text)
             else:
                 self.assertEqual(json.loads(received), value)
-        self.assertTrue(app.broadcast("____", b"\0\1"))
-        for client in [*clients, plain]:
-            self.assertEqual(client.recv(), (BINARY, b"\0\1"))
+        look_alike, large = b'{"channel":"____","message":"x"}\n', bytes(range(256)) * 1000
+        for data in b"\0\1", b"", b"\n", look_alike, bytearray(b"\0\n"), memoryview(large)[1::3]:
+            given: Any
+            for given in ("tick", data), ("a\nb", data), (data,):
+                self.assertTrue(app.broadcast("____", *given))
+                name: Any = {"message": given[0]} if given[1:] else {}  # no handler's, without one
+                for client in clients:
+                    self.assertEqual(client.recv_envelope(),
+                                     {"channel": "____", **name, "payload": bytes(data)})
+                self.assertEqual(plain.recv(), (BINARY, bytes(data)))
         self.assertIn("payload: 'Any' = <none>", str(inspect.signature(app.broadcast)))
         app.subscribe(a, "room")
         self.assertTrue(app.broadcast(["room", "____", "nobody's"], "x", exclude=[b, c]))
@@ -3884,11 +3984,24 @@ class RegistryTest(ServerTest):
         a.send("last", None)
         d.send("last", {"a": 1}, channel="room")
         d.send("last", None, channel="room")
+        c.send("last", b"\n", channel="room")
+        c.send(b"\n")
+        d.send("last", b"\n")
+        self.assertEqual([clients[2].recv_envelope() for _ in range(2)], [
+            {"channel": "room", "message": "last", "payload": b"\n"},
+            {"channel": "____", "payload": b"\n"}])
         last = {"channel": "____", "message": "last"}
         self.assertEqual([clients[0].recv_json() for _ in range(2)],
                          [last, {**last, "payload": None}])
         self.assertEqual([plain.recv_json() for _ in range(2)], [
             {"channel": "room", "message": "last", "payload": value} for value in ({"a": 1}, None)])
+        self.assertEqual(plain.recv(), (BINARY, b"\n"))
+        app.broadcast("____", "tick", b"only", only=[a.id], exclude=b)
+        app.broadcast("____", "tick", b"not to her", exclude=[a.id, d])
+        app.broadcast("____", "end", b"")
+        self.assertEqual([[each.recv_envelope()["payload"] for _ in range(2)] for each in clients],
+                         [[b"only", b""], *[[b"not to her", b""]] * 2])
+        self.assertEqual(plain.recv(), (BINARY, b""))
 
     def test_a_broadcast_is_deflated_once_for_all(self) -> None:
         clients = [self.subscribed(deflate=True) for _ in range(3)]
@@ -3896,7 +4009,14 @@ class RegistryTest(ServerTest):
             self.app.broadcast("____", "x" * 5000)
             for client in clients:
                 self.assertEqual(client.recv_json()["message"], "x" * 5000)
-        self.assertEqual(deflater.call_count, 1)
+            self.app.broadcast("____", "x", b"x" * 5000)
+            for client in clients:
+                frame = client.recv_frame()
+                client.parts = frame.payload
+                self.assertEqual((frame.rsv, frame.opcode), (4, BINARY))
+                self.assertEqual(client.inflated(),
+                                 b'{"channel":"____","message":"x"}\n' + b"x" * 5000)
+        self.assertEqual(deflater.call_count, 2)
 
     def test_values_that_cannot_be_sent_raise_before_anything_is(self) -> None:
         client = self.subscribed()
@@ -3912,6 +4032,7 @@ class RegistryTest(ServerTest):
                 ({"a": 1}, None, TypeError), (5, None, TypeError), (b"x", 1, TypeError),
                 (b"x", None, TypeError),
                 ("x" * 10_001, None, ValueError), ("x", "y" * 10_001, ValueError),
+                ("x", bytes(10_001), ValueError), ("x", {"a": b"b"}, TypeError),
                 ("x", deep, ValueError)]
         for message, payload, error in cases:
             for send in (there.send, functools.partial(self.app.broadcast, ["____", "room"])):
@@ -5421,9 +5542,7 @@ sys.stdin.read()
         return process, process.stdout.readline().strip()
 
     def test_all_that_a_broadcast_can_be_reaches_other_processes(self) -> None:
-        def read(client: WebSocketClient) -> Any:
-            opcode, data = client.recv()
-            return data if opcode == BINARY else json.loads(data)
+        read = WebSocketClient.recv_envelope
         (one, first), (two, second) = self.serving(), self.serving()
         stranger = self.client(self.serving(self.url_of("other"))[1], "a", redis=False)
         self.until(lambda: self.subscribers("a", "other"))
@@ -5437,6 +5556,7 @@ sys.stdin.read()
         one.broadcast("a", "nan", float("nan"))
         one.broadcast("a", "nan", None)
         one.broadcast("a", b"\x00\xff\n")
+        one.broadcast("a", "bytes", b"\n\xff" * 5000)
         one.broadcast("a", "")
         one.broadcast("a", "not to there", exclude=other)
         one.broadcast("a", "not to there either", exclude=[other.id])
@@ -5447,18 +5567,21 @@ sys.stdin.read()
         text, nan = {"channel": "a", "message": "text"}, {"channel": "a", "message": "nan",
                                                           "payload": None}
         empty, last = {"channel": "a", "message": ""}, {"channel": "a", "message": "last"}
-        self.assertEqual([read(there) for _ in range(10)], [
+        bare = {"channel": "a", "payload": b"\x00\xff\n"}
+        named = {"channel": "a", "message": "bytes", "payload": b"\n\xff" * 5000}
+        self.assertEqual([read(there) for _ in range(11)], [
             text, {"channel": "b", "message": "b has nobody here"}, {"channel": "a", **several},
-            {"channel": "b", **several}, nan, nan, b"\x00\xff\n", empty,
+            {"channel": "b", **several}, nan, nan, bare, named, empty,
             {"channel": "a", "message": "only to there"}, last])
-        self.assertEqual([read(here) for _ in range(9)], [
-            text, {"channel": "a", **several}, nan, nan, b"\x00\xff\n", empty,
+        self.assertEqual([read(here) for _ in range(10)], [
+            text, {"channel": "a", **several}, nan, nan, bare, named, empty,
             {"channel": "a", "message": "not to there"},
             {"channel": "a", "message": "not to there either"}, last])
         self.assertEqual(plain.recv_text(), "text")
         self.assertEqual(plain.recv_json()["channel"], "a")
         self.assertEqual([plain.recv_json(), plain.recv_json()], [nan, nan])
         self.assertEqual(plain.recv(), (BINARY, b"\x00\xff\n"))
+        self.assertEqual(plain.recv(), (BINARY, b"\n\xff" * 5000))
         self.assertEqual([plain.recv_text() for _ in range(4)],
                          ["", "not to there", "not to there either", "last"])
         with self.assertRaises(socket.timeout):
@@ -5852,22 +5975,32 @@ sys.stdin.read()
         texts = [
             "garbage", "x" * 40, sender + "[1]\n", sender + "[1,2,null]\n{}",
             sender + "[1,[]]\n{}", sender + "[1,[[]],null]\nx",
-            sender + "[0,[],null]\n" + "x" * 3000,
-            *(f"{sender}[{kind},[],null]\n{body}" for kind in (1, 3, "true", '"x"') for body in (
-                '{"ref":1,"payload":"spoofed"}', '[1]', '"a"', "{", "[" * 2000,
-                '{"error":"spoofed","channel":"a","message":"x"}',
-                '{"channel":"a","message":"x","payload":1,"ref":1}',
-                '{"channel":"b","message":"x","payload":1}',
-                '{"channel":"a","message":1,"payload":1}',
-                '{"channel":"a","message":"x","payload":NaN}'))]
+            *(f"{sender}[{opcode},[],null]\n{body}" for opcode in (0, 1, 3, '"x"') for body in (
+                '{"ref":1,"payload":"spoofed"}', '[1]', '"a"', "{", "[" * 2000, "",
+                '{"error":"spoofed","message":"x"}', '{"channel":"b","message":"x","payload":1}',
+                '{"channel":"a","payload":{}}', '{"channel":"a","message":1,"payload":1}',
+                '{"channel":"a","message":"x","payload":NaN}', '{"channel":"a"}\n',
+                '{"channel":"a","message":"%s"}' % ("x" * 3000))),
+            *(f"{sender}[2,[],null]\n{body}" for body in (
+                '{"channel":"a"}', "abc", "\n", '{"channel":"b"}\n', '{"channel":"a","ref":1,\n',
+                '{"channel":"a","message":1}\n', '{"channel":"a","payload":1}\nx',
+                '{"channel":"a"}\n' + "x" * 3000))]
         for text in texts:
             self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(text))
-        self.redis.ask("PUBLISH", "webchannels/0/a", f'"{sender}[1,[],null]\\n\\xff"')
-        fine = '{"channel":"a","message":"x","payload":{"ref":1}}'
-        self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(f"{sender}[1,[],null]\n{fine}"))
-        self.assertEqual(client.recv_text(), fine)
+        for opcode in 1, 2:  # no UTF-8
+            for body in r'{\"channel\":\"a\",\"message\":\"\xff\"}\n', r"\xff":
+                text = f'"{sender}[{opcode},[],null]\\n{body}"'
+                self.redis.ask("PUBLISH", "webchannels/0/a", text)
+        for fine, sent in (
+                ('[1,[],null]\n{"channel":"a","message":"x","payload":{"ref":1},"ref":2}',
+                 {"channel": "a", "message": "x", "payload": {"ref": 1}}),  # made anew
+                ('[2,[],null]\n{"channel":"a","message":"x","ref":2}\n{"ref":1}',
+                 {"channel": "a", "message": "x", "payload": b'{"ref":1}'})):
+            self.redis.ask("PUBLISH", "webchannels/0/a", json.dumps(sender + fine))
+            self.assertEqual(client.recv_envelope(), sent)
         app.down()
-        self.assertEqual(self.log.count(f"{len(texts)} more like this: not a broadcast of ours"), 1)
+        count = len(texts) + 3  # one of them was told
+        self.assertEqual(self.log.count(f"{count} more like this: not a broadcast of ours"), 1)
 
     # Other engines.
 

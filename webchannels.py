@@ -393,11 +393,15 @@ def check_depth(text: str) -> None:
 
 
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
-    """The JSON object with a "channel" that this is, or None."""
-    text = data.lstrip(" \t\r\n") if isinstance(data, str) else ""
-    if text[:1] != "{":
-        return None
+    """The JSON object with a "channel" that this is, or None; of bytes, that with its payload."""
+    text, payload = data, None
     try:
+        if isinstance(text, bytes):
+            head, payload = text.split(b"\n", 1)
+            text = head.decode()
+        text = text.lstrip(" \t\r\n")
+        if text[:1] != "{":
+            return None
         if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
             check_depth(text)
         envelope, end = _decoder.scan_once(text, 0)  # raw_decode() is slower
@@ -405,6 +409,8 @@ def read_envelope(data: str | bytes) -> dict[str, Any] | None:
         return None
     if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
         return None
+    if payload is not None and envelope.setdefault("payload", payload) is not payload:
+        return None  # it has two
     return envelope  # type: ignore[no-any-return]
 
 
@@ -1060,24 +1066,26 @@ class _Message:
         return self._body.decode() if self.opcode == TEXT else bytes(self._body)
 
 
-def encode_frame(opcode: int, payload: bytes) -> bytes:
-    """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2)."""
-    size = len(payload)
+def encode_frame(opcode: int, payload: bytes, head: bytes = b"") -> bytes:
+    """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2), of head and payload."""
+    size = len(head) + len(payload)
     if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
+        return bytes((0x80 | opcode, size)) + head + payload
     if size < 65536:
-        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
-    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + head + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + head + payload
 
 
-def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
+def encode_message(opcode: int, body: bytes, head: bytes, bits: int, threshold: int) -> bytes:
     """The frame of a message; deflated by itself (RFC 7692, 7.2.1) where that is of use."""
-    if bits and len(body) >= threshold:
+    size = len(head) + len(body)
+    if bits and size >= threshold:
         deflater = zlib.compressobj(wbits=-bits)
-        packed = deflater.compress(body) + deflater.flush(zlib.Z_SYNC_FLUSH)
-        if len(packed) - 4 < len(body):
+        packed = deflater.compress(head) + deflater.compress(body)
+        packed += deflater.flush(zlib.Z_SYNC_FLUSH)
+        if len(packed) - 4 < size:
             return encode_frame(0x40 | opcode, packed[:-4])  # RSV1
-    return encode_frame(opcode, body)
+    return encode_frame(opcode, body, head)
 
 
 class _NoPayload:
@@ -1086,6 +1094,10 @@ class _NoPayload:
 
 
 _NO_PAYLOAD: Any = _NoPayload()  # None is one: null
+_BYTES = (bytes, bytearray, memoryview)
+# The opcode, the body, and what stands before it: if it is bytes, an envelope and a line feed. Only
+# the frame joins them, for a body may be large.
+Encoded = tuple[int, bytes, bytes]
 
 
 class Push:
@@ -1094,41 +1106,51 @@ class Push:
     def __init__(self, settings: Config, channel: str, message: str | bytes,
                  payload: Any = _NO_PAYLOAD) -> None:
         """Raises TypeError or ValueError for what cannot be sent."""
-        self._opcode, self._threshold = TEXT, settings.compression_threshold
+        self._threshold = settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
+        fields = f'{{"channel":{_quote(channel)}'
         if isinstance(message, str):
-            body = f'{{"channel":{_quote(channel)},"message":{_quote(message)}'
-            if payload is not _NO_PAYLOAD:
-                body += f',"payload":{dump_json(payload, settings.json_default)}'
-            enveloped = to_utf8(f"{body}}}")
-            # Without the subprotocol a plain string travels as it is.
-            self._bodies = (to_utf8(message) if payload is _NO_PAYLOAD else enveloped, enveloped)
-        elif isinstance(message, (bytes, bytearray, memoryview)) and payload is _NO_PAYLOAD:
-            self._opcode, self._bodies = BINARY, (bytes(message),) * 2
+            fields += f',"message":{_quote(message)}'
+        elif isinstance(message, _BYTES) and payload is _NO_PAYLOAD:
+            payload = message  # without a name: no handler of the page gets it
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
-        check_size(settings, self._bodies[1])
+        enveloped = encode_envelope(fields, payload, settings.json_default)
+        check_size(settings, enveloped)
+        opcode, plain, _ = enveloped  # without the subprotocol bytes travel as they are,
+        if isinstance(message, str) and payload is _NO_PAYLOAD:
+            plain = to_utf8(message)  # and so do plain strings
+        self._bodies = ((opcode, plain, b""), enveloped)
 
     def size(self) -> int:
-        """Bytes that it holds."""
-        return sum(map(len, self._bodies))
+        """Bytes that it holds, about."""
+        return sum(len(body) for _, body, _ in self._bodies)
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
         if frame is None:
-            body, bits = self._bodies[dialect[0]], dialect[1]
-            same = (body is self._bodies[True], bits)  # with a payload, both bodies are one
-            frame = self._frames.get(same) or encode_message(
-                self._opcode, body, bits, self._threshold)
+            encoded, bits = self._bodies[dialect[0]], dialect[1]
+            same = (encoded == self._bodies[True], bits)  # with a JSON payload, both are one
+            frame = self._frames.get(same) or encode_message(*encoded, bits, self._threshold)
             self._frames[same] = self._frames[dialect] = frame
         return frame
 
 
-def check_size(settings: Config, body: bytes) -> None:
+def encode_envelope(fields: str, payload: Any, default: Callable[[Any], Any] | None) -> Encoded:
+    """An envelope of these fields and a payload. Raises TypeError or ValueError."""
+    if isinstance(payload, _BYTES):
+        return BINARY, bytes(payload), to_utf8(f"{fields}}}\n")
+    if payload is not _NO_PAYLOAD:
+        fields += f',"payload":{dump_json(payload, default)}'
+    return TEXT, to_utf8(f"{fields}}}"), b""
+
+
+def check_size(settings: Config, encoded: Encoded) -> None:
     """Raises ValueError for what no client could be sent."""
-    if len(body) > settings.max_send_buffer:
-        raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
+    size = len(encoded[1]) + len(encoded[2])
+    if size > settings.max_send_buffer:
+        raise ValueError(f"{size:,} bytes are more than config.max_send_buffer")
 
 
 # -------------------------------------------------------------------------------- connections
@@ -1648,24 +1670,20 @@ class ChannelClient(Connection):
         if message != "subscribe":  # which is confirmed before anything is pushed
             self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
-        text = result if isinstance(result, str) and not v1 else None
-        if text is None:
-            if isinstance(result, (bytes, bytearray, memoryview)):
-                self._push(Push(settings, "", bytes(result)))
-                result = None  # a binary frame has no place for the ref
-            if v1 and ref is not None:
-                text = f'{{"ref":{ref},"payload":{dump_json(result, settings.json_default)}}}'
-            elif result is None:
-                return
-            elif not (v1 or channel or message):
-                text = dump_json(result, settings.json_default)
-            else:
-                pushed: Any = (result,) if isinstance(result, str) else (message, result)
-                self._push(Push(settings, channel or settings.default_channel, *pushed))
-                return
-        body = to_utf8(text)
-        check_size(settings, body)
-        self._write(encode_message(TEXT, body, bits, settings.compression_threshold))
+        if v1 and ref is not None:
+            encoded = encode_envelope(f'{{"ref":{ref}', result, settings.json_default)
+        elif isinstance(result, str) and not v1:
+            encoded = TEXT, to_utf8(result), b""
+        elif result is None:
+            return
+        elif v1 or channel or message or isinstance(result, _BYTES):
+            pushed: Any = (result,) if isinstance(result, str) else (message, result)
+            self._push(Push(settings, channel or settings.default_channel, *pushed))
+            return
+        else:
+            encoded = TEXT, to_utf8(dump_json(result, settings.json_default)), b""
+        check_size(settings, encoded)
+        self._write(encode_message(*encoded, bits, settings.compression_threshold))
 
     def _reply_later(self, origin: Origin, result: asyncio.Future[Any]) -> None:
         """Send what the handler will return; the client's other messages wait until then."""
@@ -1698,7 +1716,7 @@ class ChannelClient(Connection):
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
             text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
-        self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
+        self._write(encode_message(TEXT, to_utf8(text), b"", self._dialect[1],
                                    self._app.config.compression_threshold))
 
     def _write(self, frame: bytes) -> None:
@@ -2280,11 +2298,10 @@ class WebChannels:
         there = False
         for name, push in pushes:
             there = self._send(name, push, without, among) or there
-            if self._bus:  # a line of JSON; then the plain text (kind 0), the envelope, or bytes
-                plain, body = push._bodies
-                kind = push._opcode if plain is body else 0
-                head = dump_json([kind, [*without], None if among is None else [*among]])
-                self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), plain))
+            if self._bus:  # a line of JSON; then what clients of webchannels.v1 get
+                opcode, body, before = push._bodies[True]
+                head = dump_json([opcode, [*without], None if among is None else [*among]])
+                self._bus.publish(name, b"%b%b\n%b%b" % (self._name, head.encode(), before, body))
         return there
 
     def _meant(self, channel: str, without: set[str],
@@ -2308,15 +2325,12 @@ class WebChannels:
         elif not data.startswith(self._name):  # else it is our own
             try:
                 head, body = data[len(self._name):].split(b"\n", 1)
-                kind, without, among = load_json(head.decode())
-                push = Push(self.config, channel, body if kind else body.decode())
-                if kind != BINARY and kind:  # nothing else may come by: it could look like a reply
-                    envelope = load_json(body.decode())
-                    if ({*envelope} != {"channel", "message", "payload"}
-                            or envelope["channel"] != channel
-                            or type(envelope["message"]) is not str):
-                        raise ValueError("not an envelope of this channel")
-                    push._opcode = TEXT
+                opcode, without, among = load_json(head.decode())
+                envelope = read_envelope(body if opcode == BINARY else body.decode())
+                if envelope is None or envelope["channel"] != channel:
+                    raise ValueError("not an envelope of this channel")
+                given = [envelope[each] for each in ("message", "payload") if each in envelope]
+                push = Push(self.config, channel, *given)
                 self._send(channel, push, set(without), None if among is None else set(among))
             except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
@@ -2522,7 +2536,8 @@ class WebChannels:
         path = "/"  # of what is not an envelope
         payload: Any = data
         try:
-            envelope = read_envelope(data)
+            v1 = client._dialect[0]
+            envelope = read_envelope(data) if v1 or isinstance(data, str) else None
             if envelope is not None:
                 channel, message = envelope["channel"], envelope.get("message")
                 payload, ref = envelope.get("payload"), envelope.get("ref")
@@ -2534,6 +2549,8 @@ class WebChannels:
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
+            elif v1 and isinstance(data, bytes):
+                raise HTTPError(400, "A binary message is an envelope, a line feed, and bytes")
             found = self._channels.find(path)
             if found:
                 endpoint = found[0][""]
