@@ -6389,8 +6389,6 @@ class InChromium(BrowserTest):
     def test_what_the_client_offers(self) -> None:
         app = self.app
         app.channels_support("room")
-        app.channel("/", lambda payload: payload + b"!")
-
         @app.channel("/____/fail")
         def fail() -> None:
             raise ChannelError("no such luck")
@@ -6426,10 +6424,6 @@ class InChromium(BrowserTest):
             page.evaluate("WebChannels.unsubscribe('room')")
             self.assertFalse(app.broadcast("room", "tick", {"n": 3}))
 
-            page.evaluate("WebChannels.sendBinary(new Uint8Array([1, 2, 255]))")
-            page.wait_for("got.some(word => word instanceof ArrayBuffer"
-                          " && String(new Uint8Array(word)) === '1,2,255,33')")
-
             page.evaluate("WebChannels.close()")
             self.assertEqual(page.evaluate(SHOWN), "closed")
             page.evaluate("WebChannels.open()")
@@ -6438,6 +6432,96 @@ class InChromium(BrowserTest):
             app.connected_clients()[0].close(1008, "not you")  # it means it
             page.wait_for("WebChannels.state === 'closed'")
             self.assertEqual(page.evaluate(SHOWN), "closed")
+
+    # Bytes.
+
+    BYTES = RECORD + """<script>
+        shown = bytes => bytes instanceof ArrayBuffer ? `${new Uint8Array(bytes)}` : 'no bytes'
+        noise = (first, size) => Uint8Array.from(
+            {length: size}, (_, i) => i ? Math.random() * 256 : first)
+        </script><iframe></iframe>"""
+
+    def test_bytes_are_payloads(self) -> None:
+        look_alike = b'{"channel":"____","message":"trace","payload":1}\n{"ref":1}'
+        with serve(self.app) as url:
+            page = self.live_page(url, self.BYTES + """<script>
+                addEventListener('load', () => {
+                    heard = [], handled = []
+                    WebChannels.addEventListener('message', event => heard.push(event.channel))
+                    for (const path of ['/____/trace', '/:where/:what', '/____/undefined',
+                                        '/____/null', '/____/[object ArrayBuffer]'])
+                        WebChannels.channel(path, (payload, info) => handled.push(
+                            [path, shown(payload), info.channel, info.message])) })
+                </script>""")
+            for data in b"", b"\n", bytes(range(256)), look_alike:
+                page.evaluate("handled = [], got = [], heard = []")
+                self.app.broadcast("____", "trace", data)
+                self.app.broadcast("____", data)  # without a name it reaches no handler
+                page.wait_for("heard.length === 2")
+                text = ",".join(map(str, data))
+                self.assertEqual(page.evaluate("handled"), [
+                    ["/____/trace", text, "____", "trace"],
+                    ["/:where/:what", text, "____", "trace"]])
+                self.assertEqual(page.evaluate("got.map(shown)"), [text])
+                self.assertEqual(page.evaluate("heard"), ["____", "____"])
+            self.assertEqual(page.errors, [])
+
+            page.evaluate("frames[0].eval('buffer = new Uint8Array([7, 10]).buffer') && 0")
+            for made, data in (
+                    ("new Uint8Array([1, 10, 255]).buffer", b"\1\n\xff"),
+                    ("new ArrayBuffer(0)", b""),
+                    ("new Uint8Array([1, 2, 3, 4]).subarray(1, 3)", b"\2\3"),
+                    ("new Uint16Array([1, 2])", b"\1\0\2\0"),
+                    ("new DataView(new ArrayBuffer(4), 1, 2)", b"\0\0"),
+                    ("new Blob(['é'])", "é".encode()), ("new File(['{}'], 'name')", b"{}"),
+                    ("frames[0].buffer", b"\7\n"), ("new ArrayBuffer(30000)", bytes(30_000))):
+                self.assertEqual(page.evaluate(
+                    f"WebChannels.request('____', 'echo', {made}).then(shown)"),
+                    ",".join(map(str, data)), made)
+                self.assertEqual(self.echoed.pop(), data, made)
+            # Without a ref, the reply is a push.
+            page.evaluate("(handled = [], WebChannels.sendMessageTo("
+                          "'____', 'echo', new Uint8Array([7, 8])))")
+            page.wait_for("handled.length")
+            self.assertEqual(page.evaluate("handled"), [["/:where/:what", "7,8", "____", "echo"]])
+            self.assertEqual(page.evaluate("WebChannels.request('____', 'no', new Blob(['x']))"
+                                           ".catch(error => `${error}`)"),
+                             "ChannelError: ERROR : 404 - Not found")
+
+    def test_bytes_keep_their_place_among_other_messages(self) -> None:
+        send = """Promise.all([new Blob([noise(1, 500000)]), 'text', buffer = noise(2, 9), 'more',
+            new Blob([noise(3, 9)])].map(payload => WebChannels.request('____', 'echo', payload)),
+            buffer.fill(255)).then(all => all.map(reply => reply.byteLength ?? reply))"""
+        sizes = [500_000, "text", 9, "more", 9]
+        with serve(self.app) as url:
+            page = self.live_page(url, self.BYTES)
+            for before in "", "WebChannels.close(), WebChannels.open(),":
+                with self.subTest(before):
+                    self.echoed.clear()
+                    self.assertEqual(page.evaluate(f"({before} {send})"), sizes)
+                    self.assertEqual([len(each) if isinstance(each, bytes) else each
+                                      for each in self.echoed], sizes)
+                    self.assertEqual([self.echoed[at][0] for at in (0, 2, 4)], [1, 2, 3])
+                    self.assertNotEqual(self.echoed[2][1:], b"\xff" * 8)  # it was used again
+
+    def test_bytes_that_wait_are_counted(self) -> None:
+        with serve(self.app) as url:
+            page = self.live_page(url, self.BYTES)
+            port = self.app.port
+            self.app.down()
+            page.wait_for(AWAY)
+            self.assertEqual(page.evaluate(
+                "WebChannels.request('____', 'echo', noise(9, 800000), {timeout: 50})"
+                ".catch(error => error.name)"), "TimeoutError")  # and makes room
+            page.evaluate("""(window.sent = Promise.all([400000, 600000, 60000, 40000].map(
+                (size, i) => WebChannels.sendMessageTo('____', 'echo', i % 2 ? noise(i, size)
+                    : new Blob([noise(i, size)])).then(() => size, error => error.name))), 0)""")
+            self.app.up(port, block=False)
+            self.assertEqual(page.evaluate("sent"),
+                             [400_000, 600_000, "QuotaExceededError", 40_000])
+            page.evaluate("WebChannels.request('____', 'echo', 'x')")
+            self.assertEqual([*map(len, self.echoed)], [400_000, 600_000, 40_000, 1])
+            self.assertEqual([each[0] for each in self.echoed], [0, 1, 3, "x"])
 
     def test_an_address_that_is_none_is_told_and_not_tried_again(self) -> None:
         self.app.route("/", lambda: f'<script data-path="{self.app.params("path")}">'
@@ -6941,7 +7025,7 @@ class InChromium(BrowserTest):
             page.evaluate("(payload.value = 'there', echo.requestSubmit())")
             page.wait_for("answer.textContent.startsWith('there (')")
             self.assertRegex(page.evaluate("wire.textContent"), (
-                r'(?s)↑ \{"channel":"____","message":"echo","payload":"there","ref":(\d+)\}\n'
+                r'(?s)↑ \{"channel":"____","message":"echo","ref":(\d+),"payload":"there"\}\n'
                 r'.*↓ \{"ref":\1,"payload":"there"\}\n'))
             page.evaluate("(window.before = heights.join(), 0)")
             page.wait_for("heights.join() !== before")

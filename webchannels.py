@@ -1525,10 +1525,10 @@ class ChannelClient(Connection):
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
 
-        With a `payload`, None too, the page's handler for the message gets it; without, a plain
-        text goes to parse_payload. `channel` is the one that the page sees: by default that of the
-        message being handled, or `config.default_channel`. Raises TypeError or ValueError for what
-        cannot be sent, and TimeoutError as `broadcast()` does.
+        With a `payload`, None or bytes too, the page's handler for the message gets it; a message
+        alone, text or bytes, goes to parse_payload. `channel` is the one that the page sees: by
+        default that of the message being handled, or `config.default_channel`. Raises TypeError or
+        ValueError for what cannot be sent, and TimeoutError as `broadcast()` does.
         Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
@@ -2162,7 +2162,8 @@ class WebChannels:
         """Handle messages: `/____/echo` is the message `echo` on the channel `____`; as `route()`.
 
         The handler may take `payload`, `client`, `channel`, `message`, `request` (the handshake)
-        and the path's parameters. What it returns is the reply to the sender; None is none.
+        and the path's parameters. What it returns is the reply to the sender; None is none. Bytes
+        are a payload like any other, both ways.
         `channel("/")` gets what is not a JSON object with a "channel", as it came, and replies raw.
         A handler for the message `subscribe` guards a channel: it may raise ChannelError, or
         `subscribe(client, channel)`. Example: channel("/____/echo", lambda payload: payload)
@@ -2272,11 +2273,11 @@ class WebChannels:
                   only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
-        With a `payload`, None too, the page's handler for the message gets it; without, a plain
-        text goes to parse_payload. `exclude` and `only` are clients, or their ids, also those of
-        other processes. True if anyone in this process was there to be sent it. It does not wait
-        for the event loop; but a thread that is ahead of it is slowed down. Raises TypeError or
-        ValueError for what cannot be sent, before anything is; TimeoutError if over
+        With a `payload`, None or bytes too, the page's handler for the message gets it; a message
+        alone, text or bytes, goes to parse_payload. `exclude` and `only` are clients, or their ids,
+        also those of other processes. True if anyone in this process was there to be sent it. It
+        does not wait for the event loop; but a thread that is ahead of it is slowed down. Raises
+        TypeError or ValueError for what cannot be sent, before anything is; TimeoutError if over
         `8 * config.max_send_buffer` bytes wait for a loop that has not moved for 5 seconds.
         Example: broadcast("room", "tick", {"n": 1})
         """
@@ -3083,10 +3084,9 @@ var WebChannels = (() => {
   const TICK = 5000           // ms
   const TRUST = 5             // ticks without a word until the server is asked for one
   const PATIENCE = 2          // ticks for its answer, and for the handshake
-  const DELAY = [1000, 30000] // ms within which to try again: at first, at most
-  const QUEUE = [2048, 2**20] // messages, and characters or bytes, that may wait
+  const DELAY = [1000, 30000] // ms to try again in: at first, at most
+  const QUEUE = [2048, 2**20] // messages that may wait, their characters or bytes
   const PATH = /^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/
-  const KINDS = /** @type {any} */ ({ int: '-?\\d+', float: '-?\\d+(\\.\\d+)?', str: '[^/]+' })
 
   const page = Object(window)
   const { origin } = page
@@ -3098,31 +3098,30 @@ var WebChannels = (() => {
   try { address = new URL(address, base).href.replace(/^http/, 'ws') } catch { } // connect() tells
 
   let state = /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */ ('closed')
-  let socket = /** @type {WebSocket | null} */ (null) // the only one
-  let timer = 0    // to the next tick
+  let socket = /** @type {any} */ (null)
+  let timer = 0    // of the next tick
   let trust = 0    // ticks until the server is asked for a word; below 0: ticks since then
   let failures = 0 // in a row
-  let lastRef = 0
-  let hinted = 0
-  // A frame is {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending.
-  const queue = new Map()    // frame not sent yet -> size
-  const requests = new Map() // ref -> frame not answered yet
-  // A subscription is {channel, promise, resolve, reject, confirmed (once), failures, timer}.
-  const subscriptions = new Map() // channel -> what the page wants, of each connection
+  let lastRef = 0, hinted = 0
+  // {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending
+  const queue = new Set()    // not sent yet
+  const requests = new Map() // by ref: not answered yet
+  // {channel, promise, resolve, reject, timer, failures (once confirmed)}
+  const subscriptions = new Map() // by channel: what the page wants of each connection
 
-  // ---- To the page, whose listeners may open() or close() ----
+  // ---- To the page: its listeners may open() or close() ----
   /** False if a listener prevents the default. */
   const emit = (type = '', detail = /** @type {any} */ (null), channel = '') => client
     .dispatchEvent(Object.assign(new CustomEvent(type, { detail, cancelable: true }), { channel }))
   const complain = (/** @type {any} */ detail) =>
     emit('error', detail) && console.error('WebChannels:', detail)
 
-  const enter = (/** @type {typeof state} */ next, type = '', detail = {}) => {
+  const enter = (/** @type {any} */ next, type = '', detail = {}) => {
     const changed = next !== state
     state = next
     ofDocument('documentElement')?.setAttribute('data-webchannels', next)
     if (type) emit(type, detail)
-    if (changed && next === state) emit('state', next)
+    if (changed && state === next) emit('state', next)
   }
 
   const deliver = (/** @type {any} */ push) => {
@@ -3130,19 +3129,19 @@ var WebChannels = (() => {
     const detail = payload === undefined ? message : push
     let untaken = emit('message', detail, channel)
     // No slash in the message: /a + b/c is not /a/b + c.
-    for (const type of /^[^/]+$/.test(message) ? [`/${channel}/${message}`, '/:'] : [])
-      untaken = emit(type, push, channel) && untaken
+    for (const type of /\//.test(message) ? [] : [`/${channel}/${message}`, '/:'])
+      untaken = emit(type, push) && untaken
     if (untaken) page.parse_payload(detail)
   }
 
-  // ---- The connection, and what goes through it ----
+  // ---- The connection ----
   const canSend = () => socket?.readyState === 1 // wrappers of WebSocket have no OPEN
   // Full jitter: a restarted server has all its clients coming.
   const delay = (failures = 0) => Math.random() * Math.min(
     DELAY[1], DELAY[0] * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures)
 
   const connect = () => {
-    trust = 0 // the handshake is a question, too
+    trust = 0 // the handshake asks, too
     try {
       const opening = socket = new WebSocket(address, 'webchannels.v1')
       opening.binaryType = 'arraybuffer'
@@ -3172,25 +3171,28 @@ var WebChannels = (() => {
   const opened = () => {
     trust = TRUST
     subscriptions.forEach(renew)
-    for (const frame of queue.keys()) if (canSend() && queue.delete(frame)) send(frame)
+    for (const frame of queue) if (canSend() && queue.delete(frame)) send(frame)
     if (canSend()) enter('open', 'open')
   }
 
-  const received = (/** @type {MessageEvent} */ { data }) => {
+  const received = (/** @type {any} */ { data }) => {
     trust = TRUST
     emit('debug', { in: data })
     if (data === '') return
-    const frame = typeof data === 'string' ? JSON.parse(data) : { message: data }
-    const request = requests.get(frame.ref) // if it is still wanted
-    if (!frame.ref) 'error' in frame ? complain(frame) : deliver(frame)
-    else if (!('error' in frame)) request?.resolve(frame.payload)
-    else request?.reject(Object.assign(Error(frame.error), { name: 'ChannelError' }))
+    const end = data.byteLength && new Uint8Array(data).indexOf(10) // of the envelope of bytes
+    const frame = JSON.parse(end ? new TextDecoder().decode(data.slice(0, end)) : data)
+    const { message, ref, error } = frame
+    if (end) frame[(message ?? ref) == null ? 'message' : 'payload'] = data.slice(end + 1)
+    const request = requests.get(ref) // if it is still wanted
+    if (!ref) error == null ? deliver(frame) : complain(frame)
+    else if (error == null) request?.resolve(frame.payload)
+    else request?.reject(Object.assign(Error(error), { name: 'ChannelError' }))
   }
 
   const disconnect = (code = 1006, reason = '') => {
     if (state === 'closed') return
     const final = code === 1000 || code === 1008 // the will of the page or the server
-    const wasOpen = state === 'open'
+    const opened = state === 'open'
     const wait = final ? undefined : delay(failures++)
     clearTimeout(timer)
     if (!final) timer = setTimeout(tick, wait)
@@ -3200,29 +3202,35 @@ var WebChannels = (() => {
     for (const { reject } of requests.values()) reject(lost)
     if (final) {
       const closed = failure(`Closed: ${code} ${reason}`)
-      for (const { reject } of [...queue.keys(), ...subscriptions.values()]) reject(closed)
-      queue.clear()
+      for (const { reject } of [...queue, ...subscriptions.values()]) reject(closed)
       subscriptions.forEach(deferred) // open() asks for them again
+      queue.clear()
     }
-    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened: wasOpen, wait })
+    enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened, wait })
     if (!final) emit('debug', { wait })
-    const why = origin === 'null' && !wasOpen && failures < 2
+    const why = origin === 'null' && !opened && failures < 2
       ? 'see config.allowed_origins' : final && reason // for a sandbox
     if (why) complain({ error: `${address}: ${why}` })
   }
 
-  const transmit = (/** @type {any} */ data) => {
+  const transmit = (/** @type {any} */ out) => {
     trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
-    socket?.send(data)
-    emit('debug', { out: data })
+    socket.send(out)
+    emit('debug', { out })
   }
   const failure = (why = '', name = 'AbortError') => new DOMException(why.trim(), name)
   const deferred = (/** @type {any} */ more) => {
     more.promise = new Promise((resolve, reject) => Object.assign(more, { resolve, reject }))
-    more.promise.catch(() => { }) // of a subscription: renew() complains
+    more.promise.catch(() => { }) // renew() complains
     return more
   }
 
+  const framed = (/** @type {any} */ envelope, /** @type {any} */ payload) => deferred({
+    ref: envelope.ref,
+    data: ArrayBuffer.isView(payload) || /(Blob|File|yBuffer)]/.test({}.toString.call(payload))
+      ? new Blob([JSON.stringify(envelope), '\n', payload]) // a copy
+      : JSON.stringify({ ...envelope, payload })
+  })
   const send = (/** @type {any} */ frame) => {
     if (canSend()) {
       if (frame.ref) requests.set(frame.ref, frame)
@@ -3230,11 +3238,9 @@ var WebChannels = (() => {
       transmit(frame.data)
     } else if (state === 'closed') frame.reject(failure('Closed'))
     else {
-      if (typeof frame.data !== 'string') frame.data = new Blob([frame.data]) // it may be reused
-      const size = frame.data.size ?? frame.data.length
-      let total = size
-      for (const each of queue.values()) total += each
-      if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.set(frame, size)
+      let total = 0
+      for (const { data } of [frame, ...queue]) total += data.size ?? data.length
+      if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.add(frame)
       else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
     return frame.promise
@@ -3247,11 +3253,11 @@ var WebChannels = (() => {
     clearTimeout(subscription.timer)
     client.request(channel, 'subscribe', undefined, { timeout: Infinity }).then(reply => {
       if (!wanted()) return
-      Object.assign(subscription, { confirmed: true, failures: 0 }).resolve(reply)
+      Object.assign(subscription, { failures: 0 }).resolve(reply)
       emit('subscribed', channel)
     }, error => {
-      if (!wanted() || error instanceof DOMException) return // lost: the next connection renews it
-      if (subscription.confirmed && /^ERROR : 5/.test(error.message)) {
+      if (!wanted() || error instanceof DOMException) return // lost: opened() renews it
+      if (subscription.failures >= 0 && /^ERROR : 5/.test(error.message)) {
         const wait = delay(subscription.failures++)
         subscription.timer = setTimeout(() => wanted() && renew(subscription), wait)
         emit('debug', { wait, channel })
@@ -3269,10 +3275,8 @@ var WebChannels = (() => {
 
     /** @param {string} channel  @param {string} message  @param {any} [payload] */
     async sendMessageTo(channel, message, payload) {
-      return send(deferred({ data: JSON.stringify({ channel, message, payload }) }))
+      return send(framed({ channel, message }, payload))
     }
-    /** To channel("/"). @param {BufferSource | Blob} data */
-    async sendBinary(data) { return send(deferred({ data })) }
 
     /** @param {string} channel  @param {string} message  @param {any} [payload]
      * @param {{ timeout?: number, signal?: AbortSignal }} [options]  timeout in ms, or Infinity */
@@ -3280,7 +3284,7 @@ var WebChannels = (() => {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
       const ref = ++lastRef
-      const frame = deferred({ data: JSON.stringify({ channel, message, payload, ref }), ref })
+      const frame = framed({ channel, message, ref }, payload)
       const error = failure('No reply in time', 'TimeoutError')
       const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), error)
       const abort = () => frame.reject(signal?.reason)
@@ -3293,27 +3297,27 @@ var WebChannels = (() => {
       })
     }
 
-    /** Gives pushes with a payload to `handler`, not to parse_payload, until the result is called.
-     * @param {string} path  '/channel/message', with `:name`, `:n::int` or `:x::float` segments
+    /** Gives pushes with a payload to `handler` until the result is called.
+     * @param {string} path  '/channel/message', with `:name`, `:n::int`, `:x::float`
      * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s */
     channel(path, handler) {
       if (!PATH.test(path) || typeof handler !== 'function')
-        throw new TypeError(`not a path '/channel/message' and a handler: '${path}', ${handler}`)
-      const numbers = [...path.matchAll(/\/:(\w+)::[if]/g)].map(match => match[1])
-      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g,
-        (text, name, kind = 'str') => name ? `/(?<${name}>${KINDS[kind]})` : `\\${text}`)}$`)
-      const type = path.includes('/:') ? '/:' : path
+        throw new TypeError(`not a path '/channel/message' and a handler: ${path}, ${handler}`)
+      const kinds = Object({ int: '-?\\d+', float: '-?\\d+(\\.\\d+)?' })
+      const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g, (text, name, kind) =>
+        name ? `/(?<${name}>${kinds[kind] ?? '[^/]+'})` : `\\${text}`)}$`)
       const listener = (/** @type {any} */ event) => {
         const { channel, message, payload } = event.detail
         const match = pattern.exec(`/${channel}/${message}`)
         if (match && payload !== undefined) {
           const info = /** @type {any} */ ({ ...match.groups })
-          for (const name of numbers) info[name] = Number(info[name])
+          for (const [, name] of path.matchAll(/\/:(\w+)::[if]/g)) info[name] = Number(info[name])
           event.preventDefault()
           handler(payload, { ...info, channel, message })
-        } else if (type === path && !hinted++)
+        } else if (!path.includes('/:') && !hinted++)
           console.warn(`${path} went to parse_payload: give it a payload, None will do`)
       }
+      const type = path.includes('/:') ? '/:' : path
       client.addEventListener(type, listener)
       return () => client.removeEventListener(type, listener)
     }
@@ -3322,7 +3326,7 @@ var WebChannels = (() => {
     subscribe(channel) {
       let subscription = subscriptions.get(channel)
       if (!subscription) {
-        subscriptions.set(channel, subscription = deferred({ channel, failures: 0 }))
+        subscriptions.set(channel, subscription = deferred({ channel }))
         renew(subscription)
       }
       return state === 'closed' ? Promise.reject(failure('Closed')) : subscription.promise
@@ -3346,7 +3350,7 @@ var WebChannels = (() => {
   const client = /** @type {Client} */ (first || new Client())
   if (!first) {
     for (const type of ['online', 'offline', 'pageshow', 'resume'])
-      addEventListener(type, wake, true) // captured, for some go to the document
+      addEventListener(type, wake, true) // some go to the document
     addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
     // A page that sleeps, as in the bfcache, hears nothing.
     for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
@@ -3364,8 +3368,8 @@ var WebChannels = (() => {
     }
     client.open()
   }
-  const ready = () => console.log('Subscription ready')
-  if (client.address === address) client.subscribe(script.channel || '____').then(ready, () => { })
+  if (client.address === address) client.subscribe(script.channel || '____')
+    .then(() => console.log('Subscription ready'), () => { })
   else complain({ error: `connected to ${client.address}, so not to ${address}` })
   return client
 })()
