@@ -1525,10 +1525,10 @@ class ChannelClient(Connection):
              channel: str | None = None) -> bool:
         """Push to this client alone; False if it is gone.
 
-        With a `payload`, None or bytes too, the page's handler for the message gets it; a message
-        alone, text or bytes, goes to parse_payload. `channel` is the one that the page sees: by
-        default that of the message being handled, or `config.default_channel`. Raises TypeError or
-        ValueError for what cannot be sent, and TimeoutError as `broadcast()` does.
+        With a `payload`, None too, the page's handler for the message gets it; without, text or
+        bytes go to parse_payload. `channel` is the one that the page sees: by default that of the
+        message being handled, or `config.default_channel`. Raises TypeError or ValueError for what
+        cannot be sent, and TimeoutError as `broadcast()` does.
         Example: client.send("tick", {"n": 1})
         """
         given = _params.get() or {}
@@ -2273,11 +2273,11 @@ class WebChannels:
                   only: Clients | None = None) -> bool:
         """Push to every subscriber of one channel or several, once for each.
 
-        With a `payload`, None or bytes too, the page's handler for the message gets it; a message
-        alone, text or bytes, goes to parse_payload. `exclude` and `only` are clients, or their ids,
-        also those of other processes. True if anyone in this process was there to be sent it. It
-        does not wait for the event loop; but a thread that is ahead of it is slowed down. Raises
-        TypeError or ValueError for what cannot be sent, before anything is; TimeoutError if over
+        With a `payload`, None too, the page's handler for the message gets it; without, text or
+        bytes go to parse_payload. `exclude` and `only` are clients, or their ids, also those of
+        other processes. True if anyone in this process was there to be sent it. It does not wait
+        for the event loop; but a thread that is ahead of it is slowed down. Raises TypeError or
+        ValueError for what cannot be sent, before anything is; TimeoutError if over
         `8 * config.max_send_buffer` bytes wait for a loop that has not moved for 5 seconds.
         Example: broadcast("room", "tick", {"n": 1})
         """
