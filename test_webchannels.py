@@ -2793,6 +2793,27 @@ class BoundsTest(ServerTest):
             self.assertEqual(connection.response().body, b"done")
         self.assertEqual(len(set(turns)), 4, turns)
 
+    def test_after_what_took_long_the_others_have_as_long(self) -> None:
+        """Also if it did not stand in line."""
+        times, both = [], threading.Barrier(2)
+
+        def large() -> None:
+            if not times:
+                both.wait(10)
+                both.wait(10)
+            time.sleep(0.05)
+            times.append(time.monotonic())
+
+        self.app.channel("/____/large", large)
+        first, second = self.connect(), self.connect()
+        message = {"channel": "____", "message": "large", "payload": "x" * 9000}
+        first.send_json(message)
+        both.wait(10)  # the loop stands still
+        second.send_json(message)
+        both.wait(10)
+        self.until(lambda: len(times) == 2)
+        self.assertGreater(times[1] - times[0], 0.1)
+
     def test_a_broadcast_is_not_deflated_for_each_window(self) -> None:
         clients = [self.subscribed(subprotocol=subprotocol,
                                    deflate=f"permessage-deflate; server_max_window_bits={bits}")

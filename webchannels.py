@@ -1227,7 +1227,8 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The transport has room again."""
         self._behind = False
-        self._app._soon(self._work)  # later: it may close the transport, which is writing now
+        if self._app._loop:  # not now: it may close the transport, which is writing
+            self._app._loop.call_soon(self._work)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._transport = self._writer = None
@@ -1374,8 +1375,9 @@ class HTTPConnection(Connection):
                 self._wait(self._app.config.abandoned_timeout)
             task: Any = asyncio.Task(self._answer(found), loop=self._app._loop, **_EAGER)
             self._task = None if task.done() else task
-            if time.monotonic() > begun + _TURN:
-                self._app._stand_still()
+            took = time.monotonic() - begun
+            if took > _TURN:
+                self._app._stand_still(took)
         elif self._peer_done:
             self._end()
         else:
@@ -1612,8 +1614,7 @@ class ChannelClient(Connection):
         try:
             if data or my_turn and self._frames.more and not pending:
                 self._take(data)
-            app._now = time.monotonic()
-            ends = app._now + _TURN
+            begun = app._now = time.monotonic()
             for kind, content in pending:
                 if self._task or self._behind or self._in_line:
                     break
@@ -1634,8 +1635,8 @@ class ChannelClient(Connection):
                     self._close(*content)
                 if self._queued > _READ_AHEAD:
                     self._flush()
-                if app._now > ends:
-                    app._stand_still()
+                if app._now > begun + _TURN:
+                    app._stand_still(app._now - begun)
                     if handled < len(pending):
                         app._line_up(self)
         finally:
@@ -2432,11 +2433,11 @@ class WebChannels:
 
     # Turns: what takes long is done bit by bit, so that nobody waits for long.
 
-    def _stand_still(self) -> None:
-        """In this turn of the loop nothing large is begun any more."""
-        if not self._moving:
+    def _stand_still(self, took: float = 0) -> None:
+        """Nothing large is begun in this turn of the loop; after what was long, not for as long."""
+        if self._loop and not self._moving:
             self._moving = True
-            self._soon(self._next_turns)
+            self._loop.call_later(took if took > _LONG else 0, self._next_turns)
 
     def _line_up(self, connection: Connection) -> None:
         """It goes on when it is its turn."""
@@ -2447,21 +2448,18 @@ class WebChannels:
 
     def _next_turns(self) -> None:
         """Those at the head of the line go on; then the loop does other things, too."""
-        self._freed = True
-        self._moving = bool(self._line)
-        if self._moving:
-            begun = now = time.monotonic()
-            try:
-                while self._line and now <= begun + _TURN:
-                    connection = self._line.popleft()
-                    connection._in_line = False
-                    connection._work(my_turn=True)
-                    now = time.monotonic()
-            finally:  # whatever happens to one, the others have their turns
-                if self._loop and now > begun + _LONG:  # the others have as long
-                    self._loop.call_later(now - begun, self._next_turns)
-                else:
-                    self._soon(self._next_turns)
+        self._freed, waited = True, bool(self._line)
+        begun = now = time.monotonic()
+        try:
+            while self._line and now <= begun + _TURN:
+                connection = self._line.popleft()
+                connection._in_line = False
+                connection._work(my_turn=True)
+                now = time.monotonic()
+        finally:  # whatever happens to one, the others have their turns
+            self._moving = False
+            if waited:
+                self._stand_still(now - begun)
 
     # Calling handlers.
 
@@ -2953,10 +2951,6 @@ class WebChannels:
             loop.set_exception_handler(None)
 
     # Threads and forks.
-
-    def _soon(self, call: Callable[..., Any], *values: Any) -> None:
-        if self._loop:
-            self._loop.call_soon(call, *values)
 
     def _here(self) -> bool:
         """Is this the loop's thread? Then what others handed over before comes before."""
