@@ -986,6 +986,7 @@ class FrameReaderTest(unittest.TestCase):
                     (b"", 15, 0, False), (b"a" * 99, 15, 99, True), (b"a" * 99, 15, 100, False),
                     (b"a" * 99, 0, 0, False), (b"a" * 99, 9, 99, True), (b"abc", 15, 0, False),
                     (bytes(range(64)) * 900, 9, 0, True), (b"a" * 200_000, 15, 0, True),
+                    (b"a" * 65_536, 9, 0, True), (b"a" * 65_537, 9, 0, False),
                     (os.urandom(3000), 15, 0, False)):
                 encoded = webchannels.encode_message(opcode, body, b"", bits, threshold)
                 self.assertEqual(encoded[0], (0xC0 if deflated else 0x80) | opcode)
