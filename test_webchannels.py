@@ -1355,7 +1355,11 @@ class HttpTest(ServerTest):
         app.route("/error", self.error)
         app.route("/bad-error", self.bad_error)
         app.route("/bad-status", lambda: Response(status=99))
-        app.route("/set-body", self.set_body)
+        app.route("/set-body", self.changed(body="text"))
+        app.route("/set-headers", self.changed(headers={"Content-Type": "text/x"}))
+        app.route("/set-bad", self.changed(headers={"X": "a\r\nSet-Cookie: b"}))
+        app.route("/set-status", self.changed(status="200"))
+        app.route("/mute", self.mute)
         app.route("/response", lambda: Response("x", 201, [("X-A", "1"), ("X-A", "2")], "text/x"))
         app.route("/hi/:name/:n::int", lambda name, n, q="-": {"name": name, "n": n, "q": q})
         app.route("/needs", lambda who: who)
@@ -1373,10 +1377,16 @@ class HttpTest(ServerTest):
         for method in ("POST", "PUT", "PATCH", "DELETE"):
             app.route("/data", self.data, method=method)
 
-    def set_body(self) -> Response:
-        response = Response("x")
-        response.body = "text"  # type: ignore[assignment]
-        return response
+    def changed(self, **values: Any) -> Callable[[], Response]:
+        def handler() -> Response:
+            response = Response("x")
+            for name, value in values.items():
+                setattr(response, name, value)
+            return response
+        return handler
+
+    def mute(self) -> None:
+        raise Mute
 
     def bad_error(self) -> None:
         raise HTTPError(404, headers={"X": "a\r\nb"})
@@ -1413,7 +1423,10 @@ class HttpTest(ServerTest):
                 ("/cancel", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/bad-error", 500, None, b"Internal server error"),
                 ("/bad-status", 500, None, b"Internal server error"),
-                ("/set-body", 500, None, b"Internal server error"),
+                ("/set-body", 200, None, b"text"), ("/set-headers", 200, "text/x", b"x"),
+                ("/set-bad", 500, None, b"Internal server error"),
+                ("/set-status", 500, None, b"Internal server error"),
+                ("/mute", 500, None, b"Internal server error"),
                 ("/split", 500, "text/plain; charset=utf-8", b"Internal server error"),
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"), ("/nope", 404, None, b"Not found"),
@@ -4398,7 +4411,8 @@ class ContextTest(ServerTest):
                                         ("async", asynchronous, False)):
             app.channel(f"/____/{name}", handler, threaded=threaded)
             app.route(f"/{name}", handler, threaded=threaded)
-        for error in (GeneratorExit("x"), asyncio.CancelledError("x"), Unusual("x")):
+        for error in (GeneratorExit("x"), asyncio.CancelledError("x"), Unusual("x"), Mute(),
+                      Untold()):
             self.raises(type(error).__name__, error)
 
     def raises(self, name: str, error: BaseException) -> None:
@@ -4440,7 +4454,7 @@ class ContextTest(ServerTest):
 
     def test_base_exceptions(self) -> None:
         client = self.connect()
-        for name in ("GeneratorExit", "CancelledError", "Unusual"):
+        for name in ("GeneratorExit", "CancelledError", "Unusual", "Mute", "Untold"):
             for kind in ("def", "threaded", "async"):
                 with self.subTest(name, kind=kind):
                     client.send_json({"channel": "____", "message": f"{name}-{kind}"})
@@ -4476,6 +4490,18 @@ class ContextTest(ServerTest):
 
 class Unusual(BaseException):
     """As pytest's outcomes are."""
+
+
+class Mute(HTTPError):
+    """It has none of an HTTPError's attributes."""
+
+    def __init__(self) -> None:
+        pass
+
+
+class Untold(ChannelError):
+    def __str__(self) -> str:
+        raise ValueError("it has no text")
 
 
 class PageTest(unittest.TestCase):

@@ -1707,13 +1707,15 @@ class ChannelClient(Connection):
         """Tell the sender; and the log, with a traceback where it is the program's fault."""
         channel, message, ref = origin
         path = f"/{channel}/{message}" if message else "/"
-        text = "ERROR : 500 - Internal error"
-        if isinstance(error, ChannelError):
-            text = str(error)
-        elif isinstance(error, HTTPError):
-            text = f"ERROR : {error.status} - {error.text}"
-            logger.info("%r: %s: %s", self, path, text)
-        else:
+        text = None
+        with contextlib.suppress(Exception):  # of a subclass without super().__init__(), for one
+            if isinstance(error, ChannelError):
+                text = str(error)
+            elif isinstance(error, HTTPError):
+                text = f"ERROR : {error.status} - {error.text}"
+                logger.info("%r: %s: %s", self, path, text)
+        if text is None:
+            text = "ERROR : 500 - Internal error"
             logger.error("the handler of %s failed", path, exc_info=error)
         text = text[:8192]
         if self._dialect[0]:
@@ -2613,6 +2615,10 @@ class WebChannels:
             logger.info("%r: %s", request, error)
             return error.response
         except BaseException as error:
+            answer = getattr(error, "response", None)
+            if isinstance(answer, Response):  # of an HTTPError, unless it has no super().__init__()
+                logger.info("%r: %s", request, error)
+                return answer
             gone = self._stopping or connection._done
             if gone and isinstance(error, asyncio.CancelledError):
                 raise
@@ -2648,12 +2654,11 @@ class WebChannels:
             return Response(status=204)
         if isinstance(result, (str, bytes, bytearray, memoryview, dict, list, Path)):
             return Response(result, json_default=self.config.json_default)
-        if isinstance(result, Response) and not isinstance(result.body, (bytes, Path)):
-            raise TypeError(f"the body of {endpoint.name}'s Response was set to what is not bytes")
-        if not isinstance(result, Response):
-            raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
-                            "str, bytes, dict, list, Path, Response or None")
-        return result
+        if isinstance(result, Response):  # what was set after it was made is checked, too
+            return Response(result.body, result.status, result.headers,
+                            json_default=self.config.json_default)
+        raise TypeError(f"{endpoint.name} returned {type(result).__name__}; a route returns "
+                        "str, bytes, dict, list, Path, Response or None")
 
     def _find(self, path: str) -> Found | None:
         """The route at `path`, or the folder with the longest prefix. Raises UnicodeDecodeError."""
