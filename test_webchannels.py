@@ -41,6 +41,7 @@ import time
 import tracemalloc
 import unittest
 import warnings
+import weakref
 import zlib
 from pathlib import Path
 from random import Random
@@ -4451,6 +4452,36 @@ class ContextTest(ServerTest):
             two.send_json({"channel": "____", "message": "def", "payload": "x"})
             self.assertEqual(len(two.recv_text()), 20_000_000)
             self.assertEqual(two.recv_text(), "from up()")
+
+    def test_what_a_handler_set_does_not_stay_with_another_client(self) -> None:
+        class Large:
+            """What can be weakly referenced."""
+        variable: contextvars.ContextVar[Large] = contextvars.ContextVar("variable")
+        left: list[weakref.ref[Large]] = []
+
+        @self.app.channel("/____/fill")
+        def fill(client: ChannelClient) -> None:
+            variable.set(Large())
+            left.append(weakref.ref(variable.get()))
+            for each in self.app.connected_clients():
+                if each is not client:
+                    each.send("x" * 20_000_000)  # more than the system takes
+        self.app.config.max_send_buffer = 40_000_000
+        one, two = self.connect(), self.connect()
+        other = self.until(lambda: len(self.app._sockets) == 2 and [*self.app._sockets][1])
+        one.send_json({"channel": "____", "message": "fill"})
+        one.send_json({"channel": "____", "message": "echo", "payload": "x"})
+        self.assertEqual(one.recv_text(), "x")
+        for _ in range(5):
+            two.send_json({"channel": "____", "message": "echo", "payload": "x" * 20_000})
+        self.until(lambda: not other._reading)  # it is behind
+        gc.collect()
+        self.assertIsNone(left[0]())
+        for _ in range(6):
+            two.recv_text()
+        self.until(lambda: other._reading)
+        gc.collect()
+        self.assertIsNone(left[0]())
 
     def test_base_exceptions(self) -> None:
         client = self.connect()

@@ -1230,7 +1230,7 @@ class Connection(asyncio.Protocol):
         """The transport has room again."""
         self._behind = False
         if self._app._loop:  # not now: it may close the transport, which is writing
-            self._app._loop.call_soon(self._work)
+            self._app._loop.call_soon(self._work, context=self._app._context.copy())
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._transport = self._writer = None
@@ -1542,7 +1542,7 @@ class ChannelClient(Connection):
         push = Push(settings, channel or settings.default_channel, message, payload)
         there = not (self._done or self._peer_done)
         if self._app._here():
-            return there and self._push(push)
+            return there and self._app._context.copy().run(self._push, push)
         return there and self._app._give(functools.partial(self._push, push), push.size())
 
     @_on_loop
@@ -2290,7 +2290,7 @@ class WebChannels:
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
         without, among = _ids(exclude), None if only is None else _ids(only)
         if self._here():
-            return self._spread(pushes, without, among)
+            return self._context.copy().run(self._spread, pushes, without, among)
         count = sum(len(self._meant(name, without, among)) for name in names)
         there = count > 0
         if there or self._bus:
@@ -2441,7 +2441,8 @@ class WebChannels:
         """Nothing large is begun in this turn of the loop; after what was long, not for as long."""
         if self._loop and not self._moving:
             self._moving = True
-            self._loop.call_later(took if took > _LONG else 0, self._next_turns)
+            self._loop.call_later(took if took > _LONG else 0, self._next_turns,
+                                  context=self._context.copy())  # not that of a handler
 
     def _line_up(self, connection: Connection) -> None:
         """It goes on when it is its turn."""
