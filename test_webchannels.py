@@ -4372,6 +4372,16 @@ class ThreadsTest(ServerTest):
         for _ in range(2):
             self.assertEqual(client.recv_json()["payload"], None)
 
+    def test_a_system_that_has_no_more_threads(self) -> None:
+        client = self.subscribed()
+        message = {"channel": "____", "message": "wait", "payload": 0, "ref": 1}
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none")):
+            for _ in range(3):  # more than max_threads
+                client.send_json(message)
+                self.assertIn("500", client.recv_json()["error"])
+        client.send_json(message)
+        self.assertEqual(client.recv_json(), {"ref": 1, "payload": None})
+
     def test_threaded_handlers_wait_for_a_thread(self) -> None:
         clients = [self.subscribed() for _ in range(4)]
         with self.assertLogs("webchannels", "WARNING") as logs:

@@ -2524,8 +2524,12 @@ class WebChannels:
         if self._idle:
             self._idle -= 1
         else:
-            threading.Thread(target=_work, args=(self._jobs,), name="webchannels",
-                             daemon=True).start()
+            try:
+                threading.Thread(target=_work, args=(self._jobs,), name="webchannels",
+                                 daemon=True).start()
+            except RuntimeError:  # the system has no more threads, for now
+                self._threads.release()
+                raise
         self._jobs.put(run)
         return await future
 
