@@ -5267,6 +5267,25 @@ print("after")
         self.assertNotIn("could not stop", "".join(logs.output))
         self.assertEqual(app.url, "")
 
+    def test_down_in_a_signal_handler_that_interrupts_down(self) -> None:
+        terminal = self.script("""
+import signal
+def trace(frame, event, value):
+    sys.settrace(None)  # and never in what it interrupts with
+    if event == "line":
+        signal.raise_signal(signal.SIGTERM)
+    sys.settrace(trace)
+    return trace
+signal.signal(signal.SIGTERM, lambda *_: down())
+for _ in range(3):
+    up(0, block=False)
+    sys.settrace(trace)
+    down()
+    sys.settrace(None)
+print("ended")""")
+        terminal.expect("ended")
+        self.assertEqual(terminal.end()[0], 0)
+
     def test_the_page_opens_in_a_browser(self) -> None:
         terminal = Terminal(sys.executable, "-c", self.SCRIPT + "up(0, open_browser=True)",
                             BROWSER="echo opened %s")

@@ -2753,8 +2753,8 @@ class WebChannels:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
                 print(f"Serving at {url} (Ctrl+C stops)", flush=True)
-                while not done.wait(1):  # Windows does not interrupt a longer wait
-                    pass
+                while not done.is_set():  # as in down()
+                    time.sleep(0.1)
             except KeyboardInterrupt:
                 with contextlib.suppress(KeyboardInterrupt):  # a second one ends the wait
                     self.down()
@@ -2878,11 +2878,14 @@ class WebChannels:
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
-        done, timeout = self._done, self.config.shutdown_timeout + 2
+        done, end = self._done, time.monotonic() + self.config.shutdown_timeout + 2
         alive = self._give(self._end) or self._loop is None  # not in a loop that was closed
         waits = alive and threading.get_ident() != self._thread and _params.get() is None
-        if waits and not done.wait(min(timeout, threading.TIMEOUT_MAX)):
-            logger.warning("a handler holds the event loop: the server could not stop")
+        while waits and not done.is_set():  # no lock: a signal handler may interrupt this by down()
+            if time.monotonic() > end:
+                logger.warning("a handler holds the event loop: the server could not stop")
+                break
+            time.sleep(0.005)
 
     async def _shut_down(self) -> None:
         """Let what runs finish within the time for it; then end it."""
