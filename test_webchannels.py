@@ -5306,6 +5306,9 @@ print("ended")""")
     @unittest.skipUnless(hasattr(os, "fork"), "needs os.fork")
     def test_a_forked_child_lets_go_of_the_connections(self) -> None:
         terminal = self.script("""
+class Engine(Bus):
+    _writer = "its own"
+config.bus = Engine()
 url = up(0, block=False)
 print(url)
 sys.stdin.readline()

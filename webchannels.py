@@ -3005,8 +3005,9 @@ class WebChannels:
 
         The null device takes their place: objects still take the numbers for theirs.
         """
-        writers = [getattr(each, "_writer", None)
-                   for each in (*self._http, *self._sockets, self._bus)]
+        writers = [each._writer for each in (*self._http, *self._sockets)]
+        if isinstance(self._bus, RedisBus):
+            writers.append(self._bus._writer)
         sockets = [writer.get_extra_info("socket") for writer in writers if writer]
         with open(os.devnull) as null:
             for each in [*self._listening, *sockets]:
