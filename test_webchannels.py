@@ -22,6 +22,7 @@ import html.parser
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import os
@@ -4362,6 +4363,47 @@ class ThreadsTest(ServerTest):
         self.app.broadcast("____", "x")
         self.assertEqual(client.recv_json()["message"], "x")
 
+    def test_ctrl_c_among_what_threads_hand_over(self) -> None:
+        def interrupt() -> None:
+            raise KeyboardInterrupt
+        made: list[int] = []
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            handover = webchannels.Handover(loop, 10 ** 9)
+            handover.give(interrupt)
+            with self.assertRaises(KeyboardInterrupt):
+                handover.take()
+            handover.give(lambda: made.append(1))
+            handover.take()  # a notebook's loop goes on
+        self.assertEqual(made, [1])
+
+    def test_a_signal_handler_that_sends_while_the_loop_sends(self) -> None:
+        """A trace function stands for it, which comes at every line."""
+        sent = itertools.count()
+
+        def tracer(frame: types.FrameType, event: str, value: Any) -> Any:
+            if frame.f_code is not ChannelClient._flush.__code__:
+                return None
+            if event == "line":
+                self.app.broadcast("____", f"from a signal handler: {next(sent)}")
+            return tracer
+        self.app.channel("/____/trace", lambda: sys.settrace(tracer))
+
+        @self.app.channel("/____/stop")
+        def stop() -> int:
+            sys.settrace(None)
+            return next(sent)
+        client = self.subscribed()
+        client.send_json({"channel": "____", "message": "trace"})
+        for _ in range(5):
+            client.send_json({"channel": "____", "message": "echo", "payload": "x" * 70_000})
+        client.send_json({"channel": "____", "message": "stop", "ref": 1})
+        got: list[int] = []
+        while (reply := client.recv_json()).get("ref") != 1:
+            if "signal" in reply["message"]:
+                got.append(int(reply["message"].rpartition(" ")[2]))
+        self.assertGreater(reply["payload"], 9)
+        self.assertEqual(sorted(got), [*range(reply["payload"])])
+
     def test_json_is_encoded_in_the_callers_thread(self) -> None:
         encoded_in: list[int] = []
         self.app.config.json_default = lambda value: encoded_in.append(threading.get_ident())
@@ -5078,6 +5120,21 @@ class UpAndDownTest(unittest.TestCase):
             app.down()
             await serving
             self.assertEqual(loop.get_exception_handler(), mine)
+        asyncio.run(main())
+
+    def test_what_cannot_be_served_with_is_told_and_can_be_changed(self) -> None:
+        app = self.app()
+
+        async def main() -> None:
+            app.config.max_threads = -1
+            with self.assertRaises(ValueError):
+                await app.serve(port=0)
+            app.config.max_threads = 1
+            serving = asyncio.ensure_future(app.serve(port=0))
+            while not app.url and not serving.done():
+                await asyncio.sleep(0.01)
+            app.down()
+            await serving
         asyncio.run(main())
 
     def test_a_shutdown_timeout_without_end(self) -> None:

@@ -1738,14 +1738,15 @@ class ChannelClient(Connection):
     def _flush(self) -> None:
         if self._behind and (self._queued <= self._app.config.max_send_buffer or self._done):
             return
-        data = b"".join(self._queue)
-        del self._queue[0 if self._transport or self._peer_done else 1:]  # the 101's head stays
-        self._queued = 0
+        # At once: in this thread, a finaliser or a signal handler may send between any two steps.
+        queue, self._queue, self._queued = self._queue, [], 0
         if self._behind:
             logger.warning("%r is more than config.max_send_buffer behind: closed", self)
+            if not (self._transport or self._peer_done):
+                self._queue.append(queue[0])  # the 101's head
             self._close(1013, "too slow")
-        elif data and self._transport and not self._transport.is_closing():
-            self._transport.write(data)
+        elif queue and self._transport and not self._transport.is_closing():
+            self._transport.write(b"".join(queue))
 
     # The end.
 
@@ -2058,18 +2059,20 @@ class Handover:
         if self._taking:
             return
         self._taking, ends = True, time.monotonic() + turn
-        for _ in range(len(self.calls)):
-            call = self.calls.popleft()[1]
-            try:
-                call()
-            except Exception:  # of one call: the others must still be made, and the log has it
-                logger.exception("what a thread handed over failed")
-            self._moved = time.monotonic()
-            if self._moved > ends and self.calls:
-                self._woken = True
-                self._loop.call_soon(self.take, _TURN)
-                break
-        self._taking = False
+        try:
+            for _ in range(len(self.calls)):
+                call = self.calls.popleft()[1]
+                try:
+                    call()
+                except Exception:  # of one call: the others must still be made, and the log has it
+                    logger.exception("what a thread handed over failed")
+                self._moved = time.monotonic()
+                if self._moved > ends and self.calls:
+                    self._woken = True
+                    self._loop.call_soon(self.take, _TURN)
+                    break
+        finally:  # Ctrl+C may come here, and a notebook's loop goes on
+            self._taking = False
 
     def end(self) -> None:
         """Make the last calls."""
@@ -2616,9 +2619,6 @@ class WebChannels:
             if isinstance(answer.body, Path) and not connection._done:  # who would close it?
                 answer = answer_file(request, answer, answer.body)
             return answer
-        except HTTPError as error:
-            logger.info("%r: %s", request, error)
-            return error.response
         except BaseException as error:
             answer = getattr(error, "response", None)
             if isinstance(answer, Response):  # of an HTTPError, unless it has no super().__init__()
@@ -2782,10 +2782,11 @@ class WebChannels:
             if self._loop is not None and not self._loop.is_closed():
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
             self._reset()  # a loop that was closed before its time leaves things behind
+            self._threads = asyncio.Semaphore(self.config.max_threads)  # this may raise
+            handover = Handover(loop, 8 * self.config.max_send_buffer)
             self._loop, self._thread, self._done = loop, threading.get_ident(), done
             self._stop, self._context = loop.create_future(), contextvars.copy_context()
-            self._threads = asyncio.Semaphore(self.config.max_threads)
-            self._handover = Handover(loop, 8 * self.config.max_send_buffer)
+            self._handover = handover
         # Once glibc has freed a block of this size, it keeps freed memory for the next message. It
         # gave it back before, and took it again page by page: a third of the time of 1 MiB echoed.
         bytes(4 * 1024 * 1024)
