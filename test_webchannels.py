@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 import tracemalloc
+import types
 import unittest
 import warnings
 import weakref

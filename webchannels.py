@@ -2620,10 +2620,10 @@ class WebChannels:
                 answer = answer_file(request, answer, answer.body)
             return answer
         except BaseException as error:
-            answer = getattr(error, "response", None)
-            if isinstance(answer, Response):  # of an HTTPError, unless it has no super().__init__()
+            refusal = getattr(error, "response", None)
+            if isinstance(refusal, Response):  # an HTTPError's, unless it has no super().__init__()
                 logger.info("%r: %s", request, error)
-                return answer
+                return refusal
             gone = self._stopping or connection._done
             if gone and isinstance(error, asyncio.CancelledError):
                 raise
