@@ -2812,7 +2812,8 @@ class BoundsTest(ServerTest):
 
     def test_after_what_took_long_the_others_have_as_long(self) -> None:
         """Also if it did not stand in line."""
-        times, both = [], threading.Barrier(2)
+        both = threading.Barrier(2)
+        times: list[float] = []
 
         def large() -> None:
             if not times:
@@ -3508,14 +3509,15 @@ class MessagesTest(ServerTest):
         """Their cost is quadratic: Python refuses them, but old ones must be told."""
         message = '{"channel":"____","message":"echo","payload":%s}'
         spec = importlib.util.spec_from_file_location("old_webchannels", HERE / "webchannels.py")
-        assert spec and spec.loader
+        assert spec
+        loader: Any = spec.loader
         old: Any = importlib.util.module_from_spec(spec)
         limit = getattr(sys, "set_int_max_str_digits", None)
         try:
             if limit:
                 del sys.set_int_max_str_digits
             with mock.patch.dict(sys.modules, {"old_webchannels": old}):
-                spec.loader.exec_module(old)
+                loader.exec_module(old)
         finally:
             if limit:
                 sys.set_int_max_str_digits = limit
