@@ -991,7 +991,7 @@ class FrameReaderTest(unittest.TestCase):
                     (bytes(range(64)) * 900, 9, 0, True), (b"a" * 200_000, 15, 0, True),
                     (b"a" * 65_536, 9, 0, True), (b"a" * 65_537, 9, 0, False),
                     (os.urandom(3000), 15, 0, False)):
-                encoded = webchannels.encode_message(opcode, body, b"", bits, threshold)
+                encoded = webchannels.encode_message(opcode, body, bits, threshold)
                 self.assertEqual(encoded[0], (0xC0 if deflated else 0x80) | opcode)
                 size = encoded[1]
                 start = 2 if size < 126 else 4 if size == 126 else 10
@@ -1006,7 +1006,7 @@ class FrameReaderTest(unittest.TestCase):
         for tail in range(40):  # deflated if that is shorter, be it by one byte
             body = bytes(range(100)) + b"a" * tail
             shorter = min(body, packed(body), key=len)
-            self.assertEqual(webchannels.encode_message(BINARY, body, b"", 15, 0)[-len(shorter):],
+            self.assertEqual(webchannels.encode_message(BINARY, body, 15, 0)[-len(shorter):],
                              shorter)
 
     SEQUENCES: dict[str, tuple[bytes, list[Any]]] = {

@@ -394,12 +394,12 @@ def check_depth(text: str) -> None:
 
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None; of bytes, that with its payload."""
-    text, payload = data, None
+    payload = None
     try:
-        if isinstance(text, bytes):
-            head, payload = text.split(b"\n", 1)
-            text = head.decode()
-        text = text.lstrip(" \t\r\n")
+        if isinstance(data, bytes):
+            head, payload = data.split(b"\n", 1)
+            data = head.decode()
+        text = data.lstrip(" \t\r\n")
         if text[:1] != "{":
             return None
         if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
@@ -1067,27 +1067,25 @@ class _Message:
         return self._body.decode() if self.opcode == TEXT else bytes(self._body)
 
 
-def encode_frame(opcode: int, payload: bytes, head: bytes = b"") -> bytes:
-    """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2), of head and payload."""
-    size = len(head) + len(payload)
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """One unfragmented frame, unmasked as a server's are (RFC 6455, 5.2)."""
+    size = len(payload)
     if size < 126:
-        return bytes((0x80 | opcode, size)) + head + payload
+        return bytes((0x80 | opcode, size)) + payload
     if size < 65536:
-        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + head + payload
-    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + head + payload
+        return bytes((0x80 | opcode, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((0x80 | opcode, 127)) + size.to_bytes(8, "big") + payload
 
 
-def encode_message(opcode: int, body: bytes, head: bytes, bits: int, threshold: int) -> bytes:
+def encode_message(opcode: int, body: bytes, bits: int, threshold: int) -> bytes:
     """The frame of a message; deflated by itself (RFC 7692, 7.2.1) where that is of use."""
-    size = len(head) + len(body)
     # Level 3 takes half of the time, or less, for a tenth more bytes. Small windows are slow.
-    if bits and threshold <= size <= (_CREDIT if bits < 15 else size):
+    if bits and threshold <= len(body) <= (_CREDIT if bits < 15 else len(body)):
         deflater = zlib.compressobj(3, wbits=-bits)
-        packed = deflater.compress(head) + deflater.compress(body)
-        packed += deflater.flush(zlib.Z_SYNC_FLUSH)
-        if len(packed) - 4 < size:
+        packed = deflater.compress(body) + deflater.flush(zlib.Z_SYNC_FLUSH)
+        if len(packed) - 4 < len(body):
             return encode_frame(0x40 | opcode, packed[:-4])  # RSV1
-    return encode_frame(opcode, body, head)
+    return encode_frame(opcode, body)
 
 
 class _NoPayload:
@@ -1097,9 +1095,6 @@ class _NoPayload:
 
 _NO_PAYLOAD: Any = _NoPayload()  # None is one: null
 _BYTES = (bytes, bytearray, memoryview)
-# The opcode, the body, and what stands before it: if it is bytes, an envelope and a line feed. Only
-# the frame joins them, for a body may be large.
-Encoded = tuple[int, bytes, bytes]
 
 
 class Push:
@@ -1110,49 +1105,52 @@ class Push:
         """Raises TypeError or ValueError for what cannot be sent."""
         self._threshold = settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
-        fields = f'{{"channel":{_quote(channel)}'
+        fields = f'"channel":{_quote(channel)}'
         if isinstance(message, str):
             fields += f',"message":{_quote(message)}'
         elif isinstance(message, _BYTES) and payload is _NO_PAYLOAD:
             payload = message  # without a name: no handler of the page gets it
         else:
             raise TypeError("a message is str or bytes; anything else is the payload of a str")
-        enveloped = encode_envelope(fields, payload, settings.json_default)
+        self._opcode, enveloped = encode_envelope(fields, payload, settings.json_default)
         check_size(settings, enveloped)
-        opcode, plain, _ = enveloped  # without the subprotocol bytes travel as they are,
-        if isinstance(message, str) and payload is _NO_PAYLOAD:
-            plain = to_utf8(message)  # and so do plain strings
-        self._bodies = ((opcode, plain, b""), enveloped)
+        plain = enveloped  # without the subprotocol plain strings and bytes travel as they are
+        if self._opcode == BINARY:
+            plain = bytes(payload)
+        elif isinstance(message, str) and payload is _NO_PAYLOAD:
+            plain = to_utf8(message)
+        self._bodies = (plain, enveloped)
 
     def size(self) -> int:
-        """Bytes that it holds, about."""
-        return sum(len(body) for _, body, _ in self._bodies)
+        """Bytes that it holds."""
+        return sum(map(len, self._bodies))
 
     def frame(self, dialect: Dialect) -> bytes:
         """The frame for clients of this dialect."""
         frame = self._frames.get(dialect)
         if frame is None:
-            encoded, bits = self._bodies[dialect[0]], dialect[1]
-            same = (encoded == self._bodies[True], bits)  # with a JSON payload, both are one
-            frame = self._frames.get(same) or encode_message(*encoded, bits, self._threshold)
+            body, bits = self._bodies[dialect[0]], dialect[1]
+            same = (body is self._bodies[True], bits)  # with a payload, both bodies are one
+            frame = self._frames.get(same) or encode_message(
+                self._opcode, body, bits, self._threshold)
             self._frames[same] = self._frames[dialect] = frame
         return frame
 
 
-def encode_envelope(fields: str, payload: Any, default: Callable[[Any], Any] | None) -> Encoded:
-    """An envelope of these fields and a payload. Raises TypeError or ValueError."""
+def encode_envelope(fields: str, payload: Any,
+                    default: Callable[[Any], Any] | None) -> tuple[int, bytes]:
+    """The opcode and the body of a message of webchannels.v1. Raises TypeError or ValueError."""
     if isinstance(payload, _BYTES):
-        return BINARY, bytes(payload), to_utf8(f"{fields}}}\n")
+        return BINARY, to_utf8(f"{{{fields}}}\n") + bytes(payload)
     if payload is not _NO_PAYLOAD:
         fields += f',"payload":{dump_json(payload, default)}'
-    return TEXT, to_utf8(f"{fields}}}"), b""
+    return TEXT, to_utf8(f"{{{fields}}}")
 
 
-def check_size(settings: Config, encoded: Encoded) -> None:
+def check_size(settings: Config, body: bytes) -> None:
     """Raises ValueError for what no client could be sent."""
-    size = len(encoded[1]) + len(encoded[2])
-    if size > settings.max_send_buffer:
-        raise ValueError(f"{size:,} bytes are more than config.max_send_buffer")
+    if len(body) > settings.max_send_buffer:
+        raise ValueError(f"{len(body):,} bytes are more than config.max_send_buffer")
 
 
 # -------------------------------------------------------------------------------- connections
@@ -1673,10 +1671,11 @@ class ChannelClient(Connection):
         if message != "subscribe":  # which is confirmed before anything is pushed
             self._app._here()  # what the handler's threads sent comes before
         settings, (v1, bits) = self._app.config, self._dialect
+        opcode = TEXT
         if v1 and ref is not None:
-            encoded = encode_envelope(f'{{"ref":{ref}', result, settings.json_default)
+            opcode, body = encode_envelope(f'"ref":{ref}', result, settings.json_default)
         elif isinstance(result, str) and not v1:
-            encoded = TEXT, to_utf8(result), b""
+            body = to_utf8(result)
         elif result is None:
             return
         elif v1 or channel or message or isinstance(result, _BYTES):
@@ -1684,9 +1683,9 @@ class ChannelClient(Connection):
             self._push(Push(settings, channel or settings.default_channel, *pushed))
             return
         else:
-            encoded = TEXT, to_utf8(dump_json(result, settings.json_default)), b""
-        check_size(settings, encoded)
-        self._write(encode_message(*encoded, bits, settings.compression_threshold))
+            body = to_utf8(dump_json(result, settings.json_default))
+        check_size(settings, body)
+        self._write(encode_message(opcode, body, bits, settings.compression_threshold))
 
     def _reply_later(self, origin: Origin, result: asyncio.Future[Any]) -> None:
         """Send what the handler will return; the client's other messages wait until then."""
@@ -1721,7 +1720,7 @@ class ChannelClient(Connection):
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
             text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
-        self._write(encode_message(TEXT, to_utf8(text), b"", self._dialect[1],
+        self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
                                    self._app.config.compression_threshold))
 
     def _write(self, frame: bytes) -> None:
@@ -2308,9 +2307,9 @@ class WebChannels:
         for name, push in pushes:
             there = self._send(name, push, without, among) or there
             if self._bus:  # a line of JSON; then what clients of webchannels.v1 get
-                opcode, body, before = push._bodies[True]
-                head = dump_json([opcode, [*without], None if among is None else [*among]])
-                self._bus.publish(name, b"%b%b\n%b%b" % (self._name, head.encode(), before, body))
+                head = dump_json([push._opcode, [*without], None if among is None else [*among]])
+                body = push._bodies[True]
+                self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), body))
         return there
 
     def _meant(self, channel: str, without: set[str],
@@ -2547,8 +2546,8 @@ class WebChannels:
         path = "/"  # of what is not an envelope
         payload: Any = data
         try:
-            v1 = client._dialect[0]
-            envelope = read_envelope(data) if v1 or isinstance(data, str) else None
+            bare = not (client._dialect[0] or isinstance(data, str))  # bytes without an envelope
+            envelope = None if bare else read_envelope(data)
             if envelope is not None:
                 channel, message = envelope["channel"], envelope.get("message")
                 payload, ref = envelope.get("payload"), envelope.get("ref")
@@ -2560,7 +2559,7 @@ class WebChannels:
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
-            elif v1 and isinstance(data, bytes):
+            elif not bare and isinstance(data, bytes):
                 raise HTTPError(400, "A binary message is an envelope, a line feed, and bytes")
             found = self._channels.find(path)
             if found:
