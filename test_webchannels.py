@@ -5373,6 +5373,8 @@ url = up(0, block=False)
 print(url)
 sys.stdin.readline()
 done, tell = os.pipe()
+import warnings
+warnings.simplefilter("ignore")  # of a fork beside threads, since Python 3.12
 child = os.fork()
 if not child:
     print("child", connected_clients(), broadcast("____", "x"), up(0, block=False) != url)
