@@ -7357,6 +7357,11 @@ def release() -> None:
 
 
 class VendoringTest(unittest.TestCase):
+    def test_the_docstring_names_the_rooms_in_their_order(self) -> None:
+        module = (HERE / "webchannels.py").read_text(encoding="utf-8")
+        told = " ".join((webchannels.__doc__ or "").split()).partition("data flows: ")[2]
+        self.assertEqual(told.rstrip(".").split(", "), re.findall(r"(?m)^# -{9,} (.+)$", module))
+
     def test_a_release_is_the_file_that_the_readme_names(self) -> None:
         readme = (HERE / "README.md").read_text(encoding="utf-8").partition(HASHES)[2]
         hashes = dict(re.findall(r"(?m)^\| ([\d.]+) \| `([0-9a-f]{64})` \|$", readme))
