@@ -7,13 +7,13 @@ var WebChannels = (() => {
   const TICK = 5000           // ms
   const TRUST = 5             // ticks without a word until the server is asked for one
   const PATIENCE = 2          // ticks for its answer, and for the handshake
-  const DELAY = [1000, 30000] // ms to try again in: at first, at most
+  const DELAY = [1000, 30000] // ms to the next try: at first, at most
   const QUEUE = [2048, 2**20] // messages that may wait, their characters or bytes
   const PATH = /^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/
 
   const page = Object(window)
   const { origin } = page
-  // By the prototype: an element with a name hides what the document has.
+  // Elements with a name hide what the document has.
   const ofDocument = (name = '') => Reflect.get(Document.prototype, name, document)
   const script = { __proto__: null, ...ofDocument('currentScript')?.dataset } // its own only
   const base = origin === 'null' ? location.href : origin // about:srcdoc is no base
@@ -33,7 +33,7 @@ var WebChannels = (() => {
   const subscriptions = new Map() // by channel: what the page wants of each connection
 
   // ---- To the page: its listeners may open() or close() ----
-  /** False if a listener prevents the default. */
+  // False: a listener prevented it.
   const emit = (type = '', detail = /** @type {any} */ (null), channel = '') => client
     .dispatchEvent(Object.assign(new CustomEvent(type, { detail, cancelable: true }), { channel }))
   const complain = (/** @type {any} */ detail) =>
@@ -59,7 +59,7 @@ var WebChannels = (() => {
 
   // ---- The connection ----
   const canSend = () => socket?.readyState === 1 // wrappers of WebSocket have no OPEN
-  // Full jitter: a restarted server has all its clients coming.
+  // Full jitter: a restarted server has them all coming.
   const delay = (failures = 0) => Math.random() * Math.min(
     DELAY[1], DELAY[0] * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures)
 
@@ -102,10 +102,10 @@ var WebChannels = (() => {
     trust = TRUST
     emit('debug', { in: data })
     if (data === '') return
-    const end = data.byteLength && new Uint8Array(data).indexOf(10) // of the envelope of bytes
+    const end = data.byteLength && new Uint8Array(data).indexOf(10) // where its envelope ends
     const frame = JSON.parse(end ? new TextDecoder().decode(data.slice(0, end)) : data)
-    const { message, ref, error } = frame
-    if (end) frame[(message ?? ref) == null ? 'message' : 'payload'] = data.slice(end + 1)
+    const { channel, message, ref, error } = frame
+    if (end) frame[channel && message == null ? 'message' : 'payload'] = data.slice(end + 1)
     const request = requests.get(ref) // if it is still wanted
     if (!ref) error == null ? deliver(frame) : complain(frame)
     else if (error == null) request?.resolve(frame.payload)
@@ -132,12 +132,12 @@ var WebChannels = (() => {
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened, wait })
     if (!final) emit('debug', { wait })
     const why = origin === 'null' && !opened && failures < 2
-      ? 'see config.allowed_origins' : final && reason // for a sandbox
+      ? 'see config.allowed_origins' : final && reason
     if (why) complain({ error: `${address}: ${why}` })
   }
 
   const transmit = (/** @type {any} */ out) => {
-    trust = Math.min(trust, 1) // then the next tick asks, if nothing was heard
+    trust = Math.min(trust, 1) // then the next tick asks
     socket.send(out)
     emit('debug', { out })
   }
@@ -245,7 +245,7 @@ var WebChannels = (() => {
       return () => client.removeEventListener(type, listener)
     }
 
-    /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
+    /** @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
       let subscription = subscriptions.get(channel)
       if (!subscription) {
@@ -275,7 +275,7 @@ var WebChannels = (() => {
     for (const type of ['online', 'offline', 'pageshow', 'resume'])
       addEventListener(type, wake, true) // some go to the document
     addEventListener('visibilitychange', () => ofDocument('hidden') || wake(), true)
-    // A page that sleeps, as in the bfcache, hears nothing.
+    // In the bfcache a page hears nothing.
     for (const type of ['freeze', 'pagehide']) addEventListener(type, event => {
       if (socket && Object(event).persisted !== false) disconnect(1006, type)
     }, true)
