@@ -2170,9 +2170,9 @@ class WebChannels:
 
         The handler may take `payload`, `client`, `channel`, `message`, `request` (the handshake)
         and the path's parameters. What it returns is the reply to the sender; None is none. Bytes
-        are a payload like any other, both ways.
-        `channel("/")` gets what is not a JSON object with a "channel", as it came, and replies raw.
-        A handler for the message `subscribe` guards a channel: it may raise ChannelError, or
+        are a payload like any other, both ways. `channel("/")` gets what is not a JSON object with
+        a "channel", as it came, and replies raw; of webchannels.v1 it gets no bytes. A handler for
+        the message `subscribe` guards a channel: it may raise ChannelError, or
         `subscribe(client, channel)`. Example: channel("/____/echo", lambda payload: payload)
         """
         return self._register(self._channels, "", path, handler, threaded, _MESSAGE_NAMES)
