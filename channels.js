@@ -4,12 +4,8 @@ var Genie = /** @type {{ WebChannels: typeof WebChannels }} */ (Object(globalThi
 var WebChannels = (() => {
   if (typeof document === 'undefined') throw new Error('channels.js works in pages only')
 
-  const TICK = 5000           // ms
-  const TRUST = 5             // ticks without a word until the server is asked for one
-  const PATIENCE = 2          // ticks for its answer, and for the handshake
-  const DELAY = [1000, 30000] // ms to the next try: at first, at most
-  const QUEUE = [2048, 2**20] // messages that may wait, their characters or bytes
-  const PATH = /^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/
+  const TICK = 5000 // ms
+  const TRUST = 5   // ticks without a word until the server is asked; it has two to answer
 
   const page = Object(window)
   const { origin } = page
@@ -22,10 +18,8 @@ var WebChannels = (() => {
 
   let state = /** @type {'connecting' | 'open' | 'reconnecting' | 'closed'} */ ('closed')
   let socket = /** @type {any} */ (null)
-  let timer = 0    // of the next tick
-  let trust = 0    // ticks until the server is asked for a word; below 0: ticks since then
-  let failures = 0 // in a row
-  let lastRef = 0, hinted = 0
+  let trust = 0 // ticks until the server is asked for a word; below 0: ticks since then
+  let timer = 0, failures = 0, lastRef = 0, hinted = 0
   // {data, ref, promise, resolve, reject}: of the reply or, without ref, the sending
   const queue = new Set()    // not sent yet
   const requests = new Map() // by ref: not answered yet
@@ -40,11 +34,11 @@ var WebChannels = (() => {
     emit('error', detail) && console.error('WebChannels:', detail)
 
   const enter = (/** @type {any} */ next, type = '', detail = {}) => {
-    const changed = next !== state
+    const before = state
     state = next
     ofDocument('documentElement')?.setAttribute('data-webchannels', next)
     if (type) emit(type, detail)
-    if (changed && state === next) emit('state', next)
+    if (before !== next && state === next) emit('state', next)
   }
 
   const deliver = (/** @type {any} */ push) => {
@@ -61,7 +55,7 @@ var WebChannels = (() => {
   const canSend = () => socket?.readyState === 1 // wrappers of WebSocket have no OPEN
   // Full jitter: a restarted server has them all coming.
   const delay = (failures = 0) => Math.random() * Math.min(
-    DELAY[1], DELAY[0] * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures)
+    30000, 1000 * (ofDocument('hidden') || origin === 'null' ? 10 : 1) * 2 ** failures) // ms
 
   const connect = () => {
     trust = 0 // the handshake asks, too
@@ -81,7 +75,7 @@ var WebChannels = (() => {
     if (!socket) return connect()
     if (canSend()) failures = 0 // not before: a server may let us in and drop us
     if (--trust === 0 && canSend()) transmit('')
-    if (trust <= -PATIENCE) disconnect(1006, 'no sign of life')
+    if (trust < -1) disconnect(1006, 'no sign of life')
   }
 
   const wake = () => {
@@ -121,11 +115,11 @@ var WebChannels = (() => {
     if (!final) timer = setTimeout(tick, wait)
     socket?.close()
     socket = null
-    const lost = failure(`Lost: ${code} ${reason}`, 'NetworkError')
-    for (const { reject } of requests.values()) reject(lost)
+    for (const { reject } of requests.values())
+      reject(failure(`Lost: ${code} ${reason}`, 'NetworkError'))
     if (final) {
-      const closed = failure(`Closed: ${code} ${reason}`)
-      for (const { reject } of [...queue, ...subscriptions.values()]) reject(closed)
+      for (const { reject } of [...queue, ...subscriptions.values()])
+        reject(failure(`Closed: ${code} ${reason}`))
       subscriptions.forEach(deferred) // open() asks for them again
       queue.clear()
     }
@@ -163,7 +157,7 @@ var WebChannels = (() => {
     else {
       let total = 0
       for (const { data } of [frame, ...queue]) total += data.size ?? data.length
-      if (queue.size < QUEUE[0] && total <= QUEUE[1]) queue.add(frame)
+      if (queue.size < 2048 && total <= 2**20) queue.add(frame)
       else frame.reject(failure('Queue full', 'QuotaExceededError'))
     }
     return frame.promise
@@ -206,17 +200,16 @@ var WebChannels = (() => {
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
-      const ref = ++lastRef
-      const frame = framed({ channel, message, ref }, payload)
-      const error = failure('No reply in time', 'TimeoutError')
-      const timer = setTimeout(frame.reject, Math.min(timeout, 2e9), error)
+      const frame = framed({ channel, message, ref: ++lastRef }, payload)
+      const timer = setTimeout(
+        frame.reject, Math.min(timeout, 2e9), failure('No reply in time', 'TimeoutError'))
       const abort = () => frame.reject(signal?.reason)
       signal?.addEventListener('abort', abort)
       return send(frame).finally(() => {
         clearTimeout(timer)
         signal?.removeEventListener('abort', abort)
         queue.delete(frame)
-        requests.delete(ref)
+        requests.delete(frame.ref)
       })
     }
 
@@ -224,7 +217,8 @@ var WebChannels = (() => {
      * @param {string} path  '/channel/message', with `:name`, `:n::int`, `:x::float`
      * @param {(payload: any, info: any) => void} handler  info: channel, message, the `:name`s */
     channel(path, handler) {
-      if (!PATH.test(path) || typeof handler !== 'function')
+      if (!/^(\/(:\w+(::(int|float|str))?|[^:/][^/]*)){2,}$/.test(path)
+        || typeof handler !== 'function')
         throw new TypeError(`not a path '/channel/message' and a handler: ${path}, ${handler}`)
       const kinds = Object({ int: '-?\\d+', float: '-?\\d+(\\.\\d+)?' })
       const pattern = RegExp(`^${path.replace(/\/:(\w+)(?:::(\w+))?|\W/g, (text, name, kind) =>
@@ -245,7 +239,7 @@ var WebChannels = (() => {
       return () => client.removeEventListener(type, listener)
     }
 
-    /** @param {string} channel  @returns {Promise<any>} */
+    /** Lasts over reconnects. @param {string} channel  @returns {Promise<any>} */
     subscribe(channel) {
       let subscription = subscriptions.get(channel)
       if (!subscription) {
