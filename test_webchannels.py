@@ -4232,6 +4232,20 @@ class ThreadsTest(ServerTest):
         self.assertEqual([client.recv_json()["message"] for _ in range(2)],
                          ["from a thread", "from a handler"])
 
+    def test_a_lock_that_a_call_among_those_handed_over_wants(self) -> None:
+        """As that of a log handler which broadcasts, when the loop tells of a slow client."""
+        client = self.subscribed()
+
+        def call() -> None:
+            for _ in range(3):
+                self.app.broadcast("____", "x" * 90_000)
+        with mock.patch.object(webchannels, "_STUCK", 60), self.lock:
+            self.app._give(self.hold)
+            self.assertTrue(self.entered.wait(10))
+            self.in_thread(call)
+        for _ in range(3):
+            self.assertEqual(len(client.recv_json()["message"]), 90_000)
+
     def test_a_thread_far_ahead_of_a_loop_that_is_held_is_told(self) -> None:
         self.app.config.max_send_buffer = 100_000
         app = WebChannels(self.app.config)

@@ -2005,6 +2005,7 @@ _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremar
 _AHEAD = 64 * 1024  # bytes; a thread that is so far ahead waits, while the loop makes its calls
 _NAP = 0.0005  # seconds
 _HOLD = 0.02  # seconds after the last call, from which on a handler seems to hold the loop
+_LONG_CALL = 0.5  # the same within a call, such as one to send to thousands: it may want a lock
 _STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
 _HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
@@ -2043,7 +2044,8 @@ class Handover:
             stuck = now > max(self._moved, self._woken_at) + _STUCK
             if ahead > self._limit and stuck:
                 raise TimeoutError(_HELD)
-            if ahead <= self._limit and (stuck or now > self._moved + _HOLD and not self._taking):
+            patience = _LONG_CALL if self._taking else _HOLD
+            if ahead <= self._limit and now > self._moved + patience:
                 break
         self.calls.append((size + 1000, call))  # bytes, about, of what holds it
         if not self._woken:
