@@ -5341,6 +5341,17 @@ print("after")
         self.assertNotIn("could not stop", "".join(logs.output))
         self.assertEqual(app.url, "")
 
+    def test_down_in_a_signal_handler_while_it_starts(self) -> None:
+        app, start = self.app(), threading.Thread.start
+
+        def interrupted(thread: threading.Thread) -> None:
+            app.down()
+            start(thread)
+        with mock.patch.object(threading.Thread, "start", interrupted):
+            app.up(0, block=False)
+        self.addCleanup(app.down)
+        self.assertEqual(app.url, "")
+
     def test_down_in_a_signal_handler_that_interrupts_down(self) -> None:
         terminal = self.script("""
 import signal

@@ -2099,6 +2099,7 @@ class WebChannels:
         self._lock = threading.Lock()  # of the start
         self._context = contextvars.copy_context()  # in which serving began
         self._thread = 0  # in which it serves, or did last
+        self._wanted = False  # up() was called, and no down() since
         self._done = threading.Event()  # the last serving is over
         self._done.set()
         self._reset()
@@ -2742,9 +2743,12 @@ class WebChannels:
             with contextlib.suppress(RuntimeError):  # no loop runs here
                 asyncio.get_running_loop()
                 block = False  # as in a notebook
+        self._wanted = True
         threading.Thread(target=contextvars.copy_context().run, args=(run,), name="webchannels",
                          daemon=True).start()
         url = ready.result()
+        if not self._wanted:
+            self.down()  # once more: when it was called, nothing was there to stop
         if open_browser:
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if block:
@@ -2880,6 +2884,7 @@ class WebChannels:
         Returns when that is done, within `config.shutdown_timeout`; in a handler, or on the event
         loop, at once. Calling it again, or without `up()`, does nothing. Example: down()
         """
+        self._wanted = False
         done, end = self._done, time.monotonic() + self.config.shutdown_timeout + 2
         alive = self._give(self._end) or self._loop is None  # not in a loop that was closed
         waits = alive and threading.get_ident() != self._thread and _params.get() is None
