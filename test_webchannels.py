@@ -2770,6 +2770,23 @@ class BoundsTest(ServerTest):
             self.assertTrue(self.cancelled.acquire(timeout=10))
             self.until(self.came)
 
+    def test_over_tls_too_a_client_that_leaves_unread_is_missed(self) -> None:
+        """From Python 3.11 on, TLS does not tell it while reading is paused, nor fails to write."""
+        app = WebChannels(Config(abandoned_timeout=0.1, ping_interval=0.3, ping_timeout=0.3))
+        app.channel("/____/wait", self.wait)
+        with tempfile.TemporaryDirectory() as folder:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate(Path(folder)))
+        with serve(app, ssl=context) as url:
+            with WebSocketClient(url) as client:
+                client.send_json({"channel": "____", "message": "wait"})
+                self.assertTrue(self.begun.acquire(timeout=10))
+                for _ in range(10):
+                    client.send_frame(BINARY, bytes(10_000))
+                self.until(lambda: not any(one._reading for one in app.connected_clients()))
+            self.assertTrue(self.cancelled.acquire(timeout=10))
+            self.until(lambda: not app._sockets)
+
     def came(self) -> WebSocketClient | None:
         with contextlib.suppress(Refused, OSError):
             return self.connect()

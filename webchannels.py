@@ -1801,6 +1801,9 @@ class ChannelClient(Connection):
                 self._gone()
             return
         self._frames.refill()
+        if not self._reading:  # TLS tells only those who read that the peer has left
+            self._read(True)
+            self._read(False)
         begun, arrived = self._frames.unfinished() if self._reading else (0, 0)
         if self._dialect[0] and (begun or not self._reading):  # no message tells it otherwise
             self._write(encode_frame(TEXT, b""))
