@@ -1923,7 +1923,7 @@ class FilesTest(ServerTest):
                 "Content-Disposition": "attachment", "ETag": '"Mine"',
                 "cache-control": "max-age=5"}))
 
-    def big(self, size: int = 40_000_000) -> Path:
+    def big(self, size: int = 20_000_000) -> Path:
         """More than any buffer between."""
         path = self.www / "big"
         path.write_bytes(os.urandom(1 << 20) * (size >> 20) + b"end")
@@ -2189,12 +2189,28 @@ class FilesTest(ServerTest):
         path = self.big()
         with Connection(self.url) as connection, self.assertLogs("webchannels", "WARNING") as logs:
             self.begin(connection)
-            os.truncate(path, 20_000_000)
+            os.truncate(path, 15_000_000)
             with self.assertRaises((EOFError, ConnectionError)):
                 connection.response()
             self.until(lambda: logs.output)
         self.assertIn(str(path), logs.output[0])
         self.assertEqual(len(logs.output), 1)
+
+    def test_a_connection_ends_once(self) -> None:
+        """asyncio may be writing when it tells that there is room, and must not be closed then."""
+        path = self.big()
+        with no_logs("asyncio"):
+            for fields in "", "Connection: close\r\n":
+                for _ in range(2):
+                    with Connection(self.url) as connection:
+                        side = self.begin(connection, fields=fields)
+                        if not fields:
+                            os.truncate(path, side._unsent.tell())
+                        with contextlib.suppress(EOFError, ConnectionError):
+                            connection.response()
+                            self.assertTrue(fields)
+                        self.until(lambda: not self.app._http)
+                    path = self.big()
 
     def test_a_file_that_vanishes_or_grows_is_sent_as_it_was(self) -> None:
         path = self.big()

@@ -1434,7 +1434,7 @@ class HTTPConnection(Connection):
                     raise OSError("it has become shorter")
             except OSError as error:  # its length was told: there is no other way to tell of this
                 logger.warning("%s was not sent to its end: %s", self._unsent.name, error)
-                self._transport.abort()
+                self._app._soon(self._transport.abort)  # not now: it may be writing
                 return
             self._transport.write(piece)
             if self._left and not self._behind:
@@ -1447,7 +1447,7 @@ class HTTPConnection(Connection):
         if not self._left:
             self._unsent.close()  # and let go of it
             if self._done:
-                self._transport.close()
+                self._app._soon(self._transport.close)  # not now, either
 
     def _refuse(self, error: HTTPError) -> None:
         logger.warning("refused %s: %s", self._address, error)
