@@ -1344,12 +1344,12 @@ class HTTPConnection(Connection):
         self._app._http.discard(self)
 
     def resume_writing(self) -> None:
-        super().resume_writing()
-        self._send()
+        self._behind = False
+        self._app._line_up(self)  # not now: the transport is writing, and others have their turn
 
     def _work(self, my_turn: bool = False) -> None:
         """Answer the next request, if it has arrived and the peer reads its answers."""
-        if my_turn and self._left:
+        if my_turn and self._transport:
             self._send()
         if self._task or self._behind or self._left or self._done or self._in_line:
             return
@@ -1434,7 +1434,7 @@ class HTTPConnection(Connection):
                     raise OSError("it has become shorter")
             except OSError as error:  # its length was told: there is no other way to tell of this
                 logger.warning("%s was not sent to its end: %s", self._unsent.name, error)
-                self._app._soon(self._transport.abort)  # not now: it may be writing
+                self._transport.abort()
                 return
             self._transport.write(piece)
             if self._left and not self._behind:
@@ -1447,7 +1447,7 @@ class HTTPConnection(Connection):
         if not self._left:
             self._unsent.close()  # and let go of it
             if self._done:
-                self._app._soon(self._transport.close)  # not now, either
+                self._transport.close()
 
     def _refuse(self, error: HTTPError) -> None:
         logger.warning("refused %s: %s", self._address, error)
