@@ -56,7 +56,7 @@ import errno
 import functools
 import hashlib
 import html
-import http.client
+import http
 import inspect
 import io
 import ipaddress
@@ -80,7 +80,6 @@ import time
 import traceback
 import urllib.parse
 import weakref
-import webbrowser
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -433,6 +432,7 @@ _MAX_FIELDS = 100  # of a request's header
 _NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
                                 max_num_fields=1000)
+_PHRASES = {each.value: each.phrase for each in http.HTTPStatus}
 _date = functools.lru_cache(maxsize=100)(functools.partial(email.utils.formatdate, usegmt=True))
 _RANGE = re.compile(r"(?i:bytes)=[ \t]*(?:([0-9]{1,30})-([0-9]{0,30})|-([0-9]{1,30}))[ \t]*")
 _TAG = re.compile(r'(?:W/)?"[^"]*"')  # RFC 9110, 8.8.3
@@ -460,7 +460,7 @@ class HTTPError(Exception):
     def __init__(self, status: int, text: str | None = None,
                  headers: Mapping[str, str] | None = None) -> None:
         self.status = status
-        self.text = http.client.responses.get(status, "").capitalize() if text is None else text
+        self.text = _PHRASES.get(status, "").capitalize() if text is None else text
         self.response = Response(self.text, status, headers, "text/plain; charset=utf-8")
         super().__init__(f"{status} {self.text}")
 
@@ -583,7 +583,7 @@ class Response:
         body = self.body if isinstance(self.body, bytes) else b""
         size = self._part[1] if self._part else len(body)
         head = "".join([
-            f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, '')}\r\n"
+            f"HTTP/1.1 {self.status} {_PHRASES.get(self.status, '')}\r\n"
             f"Date: {_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n",
             *[f"{name}: {value}\r\n" for name, value in self.headers],
             f"Content-Length: {size}\r\n" if has_body else "",
@@ -2753,6 +2753,7 @@ class WebChannels:
         if not self._wanted:
             self.down()  # once more: when it was called, nothing was there to stop
         if open_browser:
+            import webbrowser  # it takes 3 ms, and few want it
             threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
         if block:
             ours = (threading.current_thread() is threading.main_thread()
