@@ -1,8 +1,10 @@
 """The load generator: raw sockets and epoll, frames masked beforehand, replies counted in bytes.
 
 `load.py '{"work": "echo", "port": 8000, "server_pid": 123, …}'` prints one line of JSON. The first
-reply to each client is compared byte for byte: all servers are seen to do the same work.
+reply to each client is compared byte for byte: all servers are seen to do the same work. Where
+"library" names load.c, compiled, that does what is repeated, and compares all the other replies.
 """
+import ctypes
 import gc
 import json
 import os
@@ -15,7 +17,7 @@ import sys
 import time
 from typing import Any, Callable, Dict, List, Tuple
 
-Step = Callable[[], int]  # does a bit of the work, and returns how much
+Work = Callable[[float], int]  # works until then, and returns how much was done
 MASK = b"\x37\xfa\x21\x3d"
 TEXT, CLOSE = 1, 8
 HANDSHAKE = (
@@ -25,6 +27,7 @@ HANDSHAKE = (
 HTTP_GET = "GET /page HTTP/1.1\r\nHost: 127.0.0.1:{0}\r\nAccept: text/html\r\n\r\n"
 GREETING = b"Received: Hello!"
 NEWS = "news " * 10
+BURST = 1000  # broadcasts of a thread
 PAGE = b"<h1>Hello</h1>\n" * 20
 
 
@@ -48,9 +51,28 @@ def message(name: str, payload: str, channel: str = "____") -> bytes:
                             separators=(",", ":")).encode())
 
 
+class Job(ctypes.Structure):
+    """`struct job` of load.c."""
+    _fields_ = [("request", ctypes.c_char_p), ("reply", ctypes.c_char_p),
+                ("request_size", ctypes.c_long), ("reply_size", ctypes.c_long),
+                ("unchecked", ctypes.c_long), ("count", ctypes.c_long), ("spins", ctypes.c_long),
+                ("until", ctypes.c_double)]
+
+
+def repeat(step: Callable[[], int]) -> Work:
+    def work(until: float) -> int:
+        count = 0
+        while time.perf_counter() < until:
+            count += step()
+        return count
+    return work
+
+
 class Load:
     def __init__(self, job: Dict[str, Any]) -> None:
         self.job = job
+        self.library = (ctypes.CDLL(job["library"], use_errno=True) if job.get("library")
+                        else None)
         self.handshake = HANDSHAKE.format(job["port"]).encode()
         self.poll = select.epoll()
         self.spins = 0
@@ -96,9 +118,26 @@ class Load:
                 return found
             self.spins += 1
 
-    # The works. Each prepares its clients and returns a step.
+    def native(self, name: str, request: bytes, reply: bytes, *more: int, size: int = 0,
+               unchecked: int = 0, count: int = 1) -> Work:
+        """A function of load.c; `size` is that of one request, where there are several."""
+        job = Job(request, reply, size or len(request), len(reply), unchecked, count)
+        function, at = getattr(self.library, name), (ctypes.c_long * (1 << 16))()
+        function.restype = ctypes.c_long
 
-    def echo(self) -> Step:
+        def work(until: float) -> int:
+            job.until, job.spins = until, 0
+            done: int = function(self.poll.fileno(), at, ctypes.byref(job), *more)
+            if done < 0:
+                raise SystemExit(["", "the server closed a connection", "not the expected reply",
+                                  os.strerror(ctypes.get_errno())][-done])
+            self.spins += job.spins
+            return done
+        return work
+
+    # The works. Each prepares its clients and returns what they do.
+
+    def echo(self) -> Work:
         """Each client sends a message for each reply; `idle` others are just subscribed."""
         job = self.job
         if job.get("raw"):
@@ -109,9 +148,9 @@ class Load:
             reply = frame(GREETING, masked=False)
         for _ in range(job.get("idle", 0)):
             self.subscriber()
-        return self.pump(lambda: self.client(request, reply), request, len(reply))
+        return self.pump(lambda: self.client(request, reply), request, reply)
 
-    def http(self) -> Step:
+    def http(self) -> Work:
         """Each connection asks for the page again and again."""
         request, reply = HTTP_GET.format(self.job["port"]).encode(), b""
         with self.dial() as sock:
@@ -120,10 +159,11 @@ class Load:
                 reply += sock.recv(65536) or b"(closed)" + PAGE
         if not re.match(rb"HTTP/1\.[01] 200 .*\r\n\r\n<h1>", reply, re.S) or b"(closed)" in reply:
             raise SystemExit(f"unexpected answer: {reply[:999]!r}")
-        return self.pump(self.dial, request, len(reply), keep_alive=b"HTTP/1.1" in reply)
+        return self.pump(self.dial, request, reply, unchecked=len(reply) - len(PAGE),
+                         keep_alive=b"HTTP/1.1" in reply)
 
-    def pump(self, dial: Callable[[], socket.socket], request: bytes, reply_size: int,
-             keep_alive: bool = True) -> Step:
+    def pump(self, dial: Callable[[], socket.socket], request: bytes, reply: bytes,
+             unchecked: int = 0, keep_alive: bool = True) -> Work:
         """`clients` connections, with `window` requests in flight on each."""
         buffer, window = bytearray(1 << 20), self.job.get("window", 1)
         burst, size = memoryview(request * window), len(request)
@@ -148,37 +188,49 @@ class Load:
                     self.poll.unregister(fd)
                     sock.close()
                     add()
-                count, surplus[fd] = divmod(surplus[fd] + got, reply_size)
+                count, surplus[fd] = divmod(surplus[fd] + got, len(reply))
                 total += count
                 if count and keep_alive:
                     send(burst[:count * size])
             return total
         for _ in range(self.job["clients"]):
             add()
-        return step
+        if self.library and keep_alive:
+            self.kept += [sock for sock, *_ in connections.values()]
+            return self.native("pump", bytes(burst), reply, size=size, unchecked=unchecked)
+        return repeat(step)
 
-    def fanout(self) -> Step:
-        """One subscriber asks for a broadcast; the next round begins when all have it."""
-        shout = message("shout", NEWS)
+    def fanout(self) -> Work:
+        """One subscriber asks for a broadcast, or for BURST of them from a thread; the next round
+        begins when all have it.
+        """
+        thread = self.job.get("thread", False)
+        shout = message("burst" if thread else "shout", NEWS)
+        news = frame(NEWS.encode(), masked=False)
         receive = {}
         for _ in range(self.job["clients"]):
             sock = self.subscriber()
             self.poll.register(sock, select.EPOLLIN)
             receive[sock.fileno()] = sock.recv
-        size = len(receive) * len(frame(NEWS.encode(), masked=False))
+        count = len(receive) * (BURST if thread else 1)
+        if self.library:
+            return self.native("fanout", shout, news, self.kept[0].fileno(), count=count)
 
         def step() -> int:
             self.kept[0].sendall(shout)
-            missing = size
+            missing = count * len(news)
             while missing:
                 for fd, _ in self.ready():
-                    missing -= len(receive[fd](4096))
-            return len(receive)
-        return step
+                    missing -= len(receive[fd](65536))
+            return count
+        return repeat(step)
 
-    def connect(self) -> Step:
+    def connect(self) -> Work:
         """`clients` at a time: connect, upgrade, closing handshake, end of the stream."""
         farewell = frame(struct.pack("!H", 1000), opcode=CLOSE)
+        if self.library:
+            return self.native("churn", self.handshake, farewell, self.job["port"],
+                               count=self.job["clients"])
 
         def step() -> int:
             socks = [self.dial() for _ in range(self.job["clients"])]
@@ -192,7 +244,7 @@ class Load:
                     pass
                 sock.close()
             return len(socks)
-        return step
+        return repeat(step)
 
     def memory(self) -> Dict[str, float]:
         """Bytes of resident memory for each of `clients` subscribers, beyond the first 1,000."""
@@ -208,20 +260,19 @@ class Load:
     def run(self) -> Dict[str, float]:
         if self.job["work"] == "memory":
             return self.memory()
-        step: Step = getattr(self, self.job["work"])()
+        work: Work = getattr(self, self.job["work"])()
         gc.disable()
         idle, start = select.epoll(), time.process_time()
-        for _ in range(1000):
-            idle.poll(0)
+        if self.library:
+            self.library.spin(idle.fileno(), 1000)
+        else:
+            for _ in range(1000):
+                idle.poll(0)
         spin = (time.process_time() - start) / 1000
         for seconds in (self.job["seconds"] * 0.4, self.job["seconds"]):  # the first warms up
-            self.spins = 0
-            count, used, start = 0, self.cpu_seconds(), time.perf_counter()
-            now, end = start, start + seconds
-            while now < end:
-                count += step()
-                now = time.perf_counter()
-        span = now - start
+            self.spins, used, start = 0, self.cpu_seconds(), time.perf_counter()
+            count = work(start + seconds)
+        span = time.perf_counter() - start
         load, server, others = ((b - a) / span for a, b in zip(used, self.cpu_seconds()))
         return {"rate": count / span, "server_cpu": server,
                 "load_cpu": load - min(load, self.spins * spin / span),

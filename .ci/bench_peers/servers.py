@@ -10,9 +10,10 @@ import hashlib
 import importlib.util
 import json
 import sys
+import threading
 from typing import Any, Callable, List, Optional, Set
 
-from load import CLOSE, GREETING, PAGE, frame
+from load import BURST, CLOSE, GREETING, PAGE, frame
 
 HOST, LIMIT = "127.0.0.1", 16 << 20
 everyone: Set[Any] = set()
@@ -32,7 +33,17 @@ def shout(client: Any, payload: Any) -> None:
     broadcast(payload)
 
 
-HANDLERS = {("____", handler.__name__): handler for handler in (subscribe, echo, shout)}
+def burst(client: Any, payload: Any) -> None:
+    """Broadcasts from a thread that is not the loop's."""
+    loop = asyncio.get_running_loop()
+
+    def run() -> None:
+        for _ in range(BURST):
+            loop.call_soon_threadsafe(broadcast, payload)
+    threading.Thread(target=run).start()
+
+
+HANDLERS = {("____", handler.__name__): handler for handler in (subscribe, echo, shout, burst)}
 
 
 def dispatch(client: Any, text: Any) -> Optional[str]:
@@ -49,16 +60,20 @@ async def webchannels(port: int, path: str, channels: int) -> None:
     wc.config.max_message_size = wc.config.max_send_buffer = LIMIT
     wc.route("/page", PAGE.decode)
 
-
     def echo() -> str:
         return f"Received: {wc.params('payload')}"
 
     def shout() -> None:
         wc.broadcast("____", wc.params("payload"))
 
+    def burst() -> None:
+        for _ in range(BURST):
+            wc.broadcast("____", wc.params("payload"))
+
     def raw(payload: Any) -> Any:
         return payload
 
+    wc.channel("/____/burst", burst, threaded=True)
     for path, handler in (("/____/echo", echo), ("/____/shout", shout), ("/", raw)):
         wc.channel(path, handler)
     for number in range(channels):
