@@ -2,7 +2,10 @@
 
    load.py opens the connections and compares the first replies; what is here sends, receives, and
    compares the bytes of all others. It polls without sleeping: to sleep would make the server pay
-   for waking us. All functions return a count, or less than 0 for what went wrong. */
+   for waking us. All functions return a count, or less than 0 for what went wrong.
+
+   Of the 4.5 microseconds for an echo on one of 100 connections, 3.7 are the kernel's to send, and
+   0.6 to receive. With 1.5 more for each reply the servers were as fast: it is not the limit. */
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -19,8 +22,9 @@ struct job {
     long request_size, reply_size;
     long unchecked;  /* bytes at the beginning of a reply that may differ: a date */
     long count;      /* fanout: replies to one request; churn: connections at a time */
-    long spins;      /* is counted: how often nothing had come */
-    double until;    /* on the clock of time.perf_counter() */
+    double until;    /* on the clock of time.perf_counter(), in seconds */
+    double busy;     /* is counted: seconds, without those of polls that found nothing */
+    double since;    /* when what is being handled was found */
 };
 
 static char buffer[BUFFER];
@@ -35,12 +39,16 @@ static double now(void)
 
 static int ready(int poll, struct job *job)
 {
-    for (int turn = 0;; turn++) {
+    double time = now();
+    if (job->since)
+        job->busy += time - job->since;
+    for (;;) {
         int found = epoll_wait(poll, events, EVENTS, 0);
+        job->since = time;
         if (found)
             return found < 0 ? FAILED : found;
-        job->spins++;
-        if (turn % 1024 == 1023 && now() > job->until + 20)
+        time = now();
+        if (time > job->until + 20)
             return errno = ETIMEDOUT, FAILED;
     }
 }
@@ -69,13 +77,6 @@ static long take(int fd, long *at, const struct job *job)
             *at = 0, replies++;
     }
     return replies;
-}
-
-long spin(int poll, long count)
-{
-    for (long at = 0; at < count; at++)
-        epoll_wait(poll, events, EVENTS, 0);
-    return count;
 }
 
 /* A request for each reply. `at` has the bytes received of an unfinished reply, by descriptor. */

@@ -55,8 +55,8 @@ class Job(ctypes.Structure):
     """`struct job` of load.c."""
     _fields_ = [("request", ctypes.c_char_p), ("reply", ctypes.c_char_p),
                 ("request_size", ctypes.c_long), ("reply_size", ctypes.c_long),
-                ("unchecked", ctypes.c_long), ("count", ctypes.c_long), ("spins", ctypes.c_long),
-                ("until", ctypes.c_double)]
+                ("unchecked", ctypes.c_long), ("count", ctypes.c_long),
+                ("until", ctypes.c_double), ("busy", ctypes.c_double), ("since", ctypes.c_double)]
 
 
 def repeat(step: Callable[[], int]) -> Work:
@@ -75,7 +75,7 @@ class Load:
                         else None)
         self.handshake = HANDSHAKE.format(job["port"]).encode()
         self.poll = select.epoll()
-        self.spins = 0
+        self.spins, self.busy = 0, 0.0
         self.kept: List[socket.socket] = []
 
     def dial(self) -> socket.socket:
@@ -126,12 +126,12 @@ class Load:
         function.restype = ctypes.c_long
 
         def work(until: float) -> int:
-            job.until, job.spins = until, 0
+            job.until, job.busy, job.since = until, 0, 0
             done: int = function(self.poll.fileno(), at, ctypes.byref(job), *more)
             if done < 0:
                 raise SystemExit(["", "the server closed a connection", "not the expected reply",
                                   os.strerror(ctypes.get_errno())][-done])
-            self.spins += job.spins
+            self.busy = job.busy
             return done
         return work
 
@@ -263,19 +263,17 @@ class Load:
         work: Work = getattr(self, self.job["work"])()
         gc.disable()
         idle, start = select.epoll(), time.process_time()
-        if self.library:
-            self.library.spin(idle.fileno(), 1000)
-        else:
-            for _ in range(1000):
-                idle.poll(0)
+        for _ in range(1000):
+            idle.poll(0)
         spin = (time.process_time() - start) / 1000
         for seconds in (self.job["seconds"] * 0.4, self.job["seconds"]):  # the first warms up
             self.spins, used, start = 0, self.cpu_seconds(), time.perf_counter()
             count = work(start + seconds)
         span = time.perf_counter() - start
         load, server, others = ((b - a) / span for a, b in zip(used, self.cpu_seconds()))
-        return {"rate": count / span, "server_cpu": server,
-                "load_cpu": load - min(load, self.spins * spin / span),
+        return {"rate": count / span, "server_cpu": server,  # to poll in vain is not to be busy
+                "load_cpu": (load * self.busy / span if self.library else
+                             load - min(load, self.spins * spin / span)),
                 "foreign_cpu": max(0.0, others - load - server)}
 
     def cpu_seconds(self) -> Tuple[float, float, float]:

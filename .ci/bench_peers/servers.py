@@ -139,6 +139,9 @@ async def tornado(port: int, raw: bool) -> None:
     import tornado.websocket
 
     class Socket(tornado.websocket.WebSocketHandler):  # type: ignore[misc]
+        def open(self) -> None:
+            self.set_nodelay(True)  # as the others do unasked
+
         def on_message(self, text: Any) -> None:
             reply = text if raw else dispatch(self, text)
             if reply is not None:
