@@ -272,7 +272,7 @@ class Load:
         span = time.perf_counter() - start
         load, server, others = ((b - a) / span for a, b in zip(used, self.cpu_seconds()))
         return {"rate": count / span, "server_cpu": server,  # to poll in vain is not to be busy
-                "load_cpu": (load * self.busy / span if self.library else
+                "load_cpu": (load * self.busy / span if self.busy else
                              load - min(load, self.spins * spin / span)),
                 "foreign_cpu": max(0.0, others - load - server)}
 
