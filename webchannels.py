@@ -1228,6 +1228,7 @@ class Connection(asyncio.Protocol):
         """The transport has room again."""
         self._behind = False
         if self._app._loop:  # not now: it may close the transport, which is writing
+            # In the context of what was written, a handler's, whatever reads would keep it.
             self._app._loop.call_soon(self._work, context=self._app._context.copy())
 
     def connection_lost(self, exc: BaseException | None) -> None:
