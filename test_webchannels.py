@@ -2865,6 +2865,32 @@ class BoundsTest(ServerTest):
         self.until(lambda: len(times) == 2)
         self.assertGreater(times[1] - times[0], 0.1)
 
+    def test_what_stands_in_line_is_held_as_it_came(self) -> None:
+        """Inflated, it could take 50 times as much, in each of all connections."""
+        next_turns, both, held = WebChannels._next_turns, threading.Barrier(2), []
+
+        def look(app: Any) -> None:
+            held.extend([len(one._frames._rest) for one in app._line if not one._pending])
+            next_turns(app)
+
+        def block() -> None:
+            both.wait(10)
+            both.wait(10)
+
+        self.app.channel("/____/block", block)
+        self.app.config.max_inflation = 2000
+        first, second = self.connect(), self.connect(deflate=True)
+        message = {"channel": "____", "message": "echo",
+                   "payload": base64.b64encode(os.urandom(15_000)).decode() + "a" * 500_000}
+        with mock.patch.object(WebChannels, "_next_turns", look):
+            first.send_json({**message, "message": "block"})
+            both.wait(10)  # the loop stands still
+            second.send_json(message)
+            both.wait(10)
+            self.assertEqual(second.recv_text(), message["payload"])
+        self.assertEqual(len(held), 1)
+        self.assertLess(held[0], 20_000)
+
     def test_a_broadcast_is_not_deflated_for_each_window(self) -> None:
         clients = [self.subscribed(subprotocol=subprotocol,
                                    deflate=f"permessage-deflate; server_max_window_bits={bits}")

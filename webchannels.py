@@ -952,6 +952,12 @@ class FrameReader:
             self.stop()
         return events
 
+    def hold(self, data: bytes) -> None:
+        """Take bytes from the peer, for a later receive(b"")."""
+        if self._rest is not None:
+            self._rest += data
+            self.more = True
+
     def stop(self) -> None:
         """Ignore all that comes, and let go of what came."""
         self._rest, self._message, self.more = None, None, False
@@ -1569,7 +1575,11 @@ class ChannelClient(Connection):
 
     def data_received(self, data: bytes) -> None:
         self._silence = 0.0
-        self._work(False, data)
+        if self._app._moving and len(data) > _LARGE:  # unmasked and inflated when it is its turn
+            self._frames.hold(data)
+            self._app._line_up(self)
+        else:
+            self._work(False, data)
         if self._pending or self._frames.more:
             self._held += len(data)
             if self._held > _READ_AHEAD or self._frames.more:
