@@ -3961,6 +3961,11 @@ class RegistryTest(ServerTest):
             answer = client.recv_json()
             self.assertEqual(answer.get("payload"), reply)
             self.assertEqual(answer.get("error"), "ERROR : 500 - Internal error" if more else None)
+        self.app.channel("/", lambda payload: payload)
+        raw = self.connect()
+        for opcode in TEXT, BINARY:  # without the subprotocol they travel as they are
+            raw.send_frame(opcode, b"x" * most)
+            self.assertEqual(raw.recv(), (opcode, b"x" * most))
         sizes: list[int] = []
         self.app.on_connect(lambda client: [client.send(bytes(size)) for size in sizes])
         for sizes[:] in ([4996, 4996], [4996, 4997]):  # and 4 bytes each for a frame's head

@@ -393,12 +393,9 @@ def check_depth(text: str) -> None:
 
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None; of bytes, that with its payload."""
-    payload = None
     try:
-        if isinstance(data, bytes):
-            head, payload = data.split(b"\n", 1)
-            data = head.decode()
-        text = data.lstrip(" \t\r\n")
+        text = data if isinstance(data, str) else data[:data.index(b"\n")].decode()
+        text = text.lstrip(" \t\r\n")
         if text[:1] != "{":
             return None
         if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
@@ -408,8 +405,10 @@ def read_envelope(data: str | bytes) -> dict[str, Any] | None:
         return None
     if "channel" not in envelope or end < len(text) and text[end:].strip(" \t\r\n"):
         return None
-    if payload is not None and envelope.setdefault("payload", payload) is not payload:
-        return None  # it has two
+    if isinstance(data, bytes):
+        payload = data[data.index(b"\n") + 1:]
+        if envelope.setdefault("payload", payload) is not payload:
+            return None  # it has two
     return envelope  # type: ignore[no-any-return]
 
 
@@ -1687,9 +1686,11 @@ class ChannelClient(Connection):
             opcode, body = encode_envelope(f'"ref":{ref}', result, settings.json_default)
         elif isinstance(result, str) and not v1:
             body = to_utf8(result)
+        elif isinstance(result, _BYTES) and not v1:
+            opcode, body = BINARY, bytes(result)
         elif result is None:
             return
-        elif v1 or channel or message or isinstance(result, _BYTES):
+        elif v1 or channel or message:
             pushed: Any = (result,) if isinstance(result, str) else (message, result)
             self._push(Push(settings, channel or settings.default_channel, *pushed))
             return
