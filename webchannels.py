@@ -1247,7 +1247,8 @@ class Connection(asyncio.Protocol):
         task, self._task = self._task, None
         if task:
             logger.info("%r has left: its handler is cancelled", self)
-            self._app._cancel(task)
+            self._app._track(task)  # down() waits for it still
+            task.cancel()
 
     def _work(self, my_turn: bool = False) -> None:
         """Go on with what has arrived, until something must be waited for."""
@@ -2449,11 +2450,6 @@ class WebChannels:
     def _track(self, task: asyncio.Future[Any]) -> None:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _cancel(self, task: asyncio.Future[Any]) -> None:
-        """Cancel what nobody waits for any more; down() still does."""
-        self._track(task)
-        task.cancel()
 
     # Turns: what takes long is done bit by bit, so that nobody waits for long.
 
