@@ -1242,6 +1242,12 @@ class Connection(asyncio.Protocol):
         self._app._freed = True
         self._wait(self._app.config.abandoned_timeout)
 
+    def _abort(self, why: str) -> None:
+        """End the connection at once, if there is one."""
+        if self._transport:
+            logger.info("%r dropped: %s", self, why)
+            self._transport.abort()
+
     def _abandon(self) -> None:
         """The peer has left, and its handler did not end: cancel it, and let go of it."""
         task, self._task = self._task, None
@@ -1398,18 +1404,13 @@ class HTTPConnection(Connection):
     async def _answer(self, request: Request) -> None:
         """Send the answer, or become a WebSocket."""
         answer = await self._app._answer(request, self)
-        if self._done:  # the peer is gone
-            self._task = None
-            self._gone()
-            return
         self._task = None
-        settings = self._app.config
         upgraded = isinstance(answer, ChannelClient)
-        if upgraded and self._peer_done:
+        if self._done or upgraded and self._peer_done:  # the peer is gone
             self._gone()
-            self._transport.abort()
+            self._abort("it has left")
         elif upgraded and (self._app._stopping
-                           or len(self._app._sockets) >= settings.max_clients):
+                           or len(self._app._sockets) >= self._app.config.max_clients):
             self._refuse(HTTPError(503, headers={"Retry-After": "5"}))
         elif isinstance(answer, ChannelClient):
             self._gone()  # as an HTTP connection: what is still due does nothing
@@ -1469,8 +1470,8 @@ class HTTPConnection(Connection):
         self._transport.close()
 
     def _shut(self) -> None:
-        if self._done and self._task and self._transport:  # a TLS handshake
-            self._transport.abort()
+        if self._done and self._task:
+            self._abort("it was shaking hands")
         self._work()
 
     def _check(self, now: float, seconds: float) -> None:
@@ -1781,11 +1782,6 @@ class ChannelClient(Connection):
         self._leave()
         self._pending[:] = [(CLOSE, (1001, "server going down"))]
         self._work()
-
-    def _abort(self, why: str) -> None:
-        if self._transport:
-            logger.info("%r dropped: %s", self, why)
-            self._transport.abort()
 
     def _gone(self) -> None:
         """It no longer counts against config.max_clients."""
@@ -2923,10 +2919,8 @@ class WebChannels:
             logger.warning("%d handlers did not end within config.shutdown_timeout", len(tasks))
         for client in list(self._sockets):
             client._close(1001, "server going down")  # also behind a handler that does not end
-            client._abort("the server goes down")
-        for connection in list(self._http):
-            if connection._transport:
-                connection._transport.abort()
+        for connection in (*self._http, *self._sockets):
+            connection._abort("the server goes down")
         for task in tasks:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
