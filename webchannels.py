@@ -2820,7 +2820,7 @@ class WebChannels:
                 ending.push_async_callback(bus.stop)
                 self._bus = bus
             await self._listen(*where)
-            ending.callback(asyncio.ensure_future(self._keep_sweeping()).cancel)
+            ending.callback(asyncio.ensure_future(self._sweep()).cancel)
             ending.push_async_callback(self._cut)
             ending.push_async_callback(self._shut_down)
             ending.callback(lambda: [each.close() for each in self._servers])
@@ -2925,39 +2925,36 @@ class WebChannels:
             task.cancel()
         await asyncio.wait([asyncio.ensure_future(asyncio.sleep(0)), *tasks], timeout=1)
 
-    async def _keep_sweeping(self) -> None:
-        while True:
-            try:
-                await self._sweep()
-            except Exception as error:
-                logger.error("the sweep fails: is a field of config of the wrong type? %r", error)
-                await asyncio.sleep(10)
-
     async def _sweep(self) -> None:
         """One timer for all: deadlines, pings, and those that left long ago."""
         trim_at = 0.0
         while True:
-            settings = self.config
-            times = (settings.handshake_timeout, settings.keep_alive_timeout, settings.ping_timeout,
-                     settings.ping_interval or 4, settings.disconnected_ttl, 4)
-            pause = max(min(times) / 4, 0.02)
-            await asyncio.sleep(pause)
-            now = time.monotonic()
-            self._here()  # in case that a thread was interrupted before it could wake the loop
-            sparing.tell_counts(now)
-            for connection in (*self._http, *self._sockets):
-                connection._check(now, pause)
-            for client, left in [*self._left_at.items()]:
-                if now - left >= settings.disconnected_ttl:
-                    del self._left_at[client]
-                    self._freed = True
-                elif (now - left > settings.abandoned_timeout and client.request.headers
-                        and client not in self._sockets):
-                    client._let_go()
-                    self._freed = True
-            if self._freed and now >= trim_at:
-                self._freed, trim_at = False, now + _TRIM
-                trim_memory()
+            try:
+                settings = self.config
+                times = (settings.handshake_timeout, settings.keep_alive_timeout, 4,
+                         settings.ping_timeout, settings.ping_interval or 4,
+                         settings.disconnected_ttl)
+                pause = max(min(times) / 4, 0.02)
+                await asyncio.sleep(pause)
+                now = time.monotonic()
+                self._here()  # in case that a thread was interrupted before it could wake the loop
+                sparing.tell_counts(now)
+                for connection in (*self._http, *self._sockets):
+                    connection._check(now, pause)
+                for client, left in [*self._left_at.items()]:
+                    if now - left >= settings.disconnected_ttl:
+                        del self._left_at[client]
+                        self._freed = True
+                    elif (now - left > settings.abandoned_timeout and client.request.headers
+                            and client not in self._sockets):
+                        client._let_go()
+                        self._freed = True
+                if self._freed and now >= trim_at:
+                    self._freed, trim_at = False, now + _TRIM
+                    trim_memory()
+            except Exception as error:
+                logger.error("the sweep fails: is a field of config of the wrong type? %r", error)
+                await asyncio.sleep(10)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
