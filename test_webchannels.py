@@ -2568,6 +2568,13 @@ class BoundsTest(ServerTest):
         finally:
             tracemalloc.stop()
 
+    def test_nothing_holds_who_left_long_ago(self) -> None:
+        self.app.config.disconnected_ttl = 0.1
+        client = self.subscribed()
+        there = weakref.ref(self.app.connected_clients()[0])
+        client.close()
+        self.until(lambda: (gc.collect(), there())[1] is None)
+
     def test_requests_that_wait_are_not_read(self) -> None:
         """Neither while one is answered, nor while the answers are many."""
         ask = b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 8000 + b"\r\n\r\n"

@@ -2939,22 +2939,26 @@ class WebChannels:
                 now = time.monotonic()
                 self._here()  # in case that a thread was interrupted before it could wake the loop
                 sparing.tell_counts(now)
-                for connection in (*self._http, *self._sockets):
-                    connection._check(now, pause)
-                for client, left in [*self._left_at.items()]:
-                    if now - left >= settings.disconnected_ttl:
-                        del self._left_at[client]
-                        self._freed = True
-                    elif (now - left > settings.abandoned_timeout and client.request.headers
-                            and client not in self._sockets):
-                        client._let_go()
-                        self._freed = True
+                self._check(now, pause)
                 if self._freed and now >= trim_at:
                     self._freed, trim_at = False, now + _TRIM
                     trim_memory()
             except Exception as error:
                 logger.error("the sweep fails: is a field of config of the wrong type? %r", error)
                 await asyncio.sleep(10)
+
+    def _check(self, now: float, seconds: float) -> None:
+        """All that the sweep asks. (It sleeps with no client in its hand.)"""
+        for connection in (*self._http, *self._sockets):
+            connection._check(now, seconds)
+        for client, left in [*self._left_at.items()]:
+            if now - left >= self.config.disconnected_ttl:
+                del self._left_at[client]
+                self._freed = True
+            elif (now - left > self.config.abandoned_timeout and client.request.headers
+                    and client not in self._sockets):
+                client._let_go()
+                self._freed = True
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """asyncio tells of each of many failed accepts, with a traceback; now and then will do."""
