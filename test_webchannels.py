@@ -6918,6 +6918,15 @@ class InChromium(BrowserTest):
             page.evaluate("WebChannels.open()")
             page.wait_for(OPEN)
 
+    def test_a_page_from_a_file_is_told_why(self) -> None:
+        with tempfile.NamedTemporaryFile("w", suffix=".html") as file:
+            file.write("<script>console.error = (...said) => { window.said = said }</script>"
+                       + self.app.channels_support())
+            file.flush()
+            page = self.page(Path(file.name).as_uri())
+            self.assertEqual(page.wait_for("window.said")[1], {
+                "error": "file:///: see config.base_path, allowed_origins"})
+
     def test_a_policy_that_forbids_the_connection_is_told_and_final(self) -> None:
         self.app.route("/", lambda: Response(self.app.channels_support(nonce="a"), headers={
             "Content-Security-Policy": "script-src 'nonce-a'; connect-src 'none'"}))
@@ -7134,7 +7143,8 @@ class InChromium(BrowserTest):
         self.app.config.max_message_size = 1000
         with serve(self.app) as url, quiet():
             page = self.live_page(url)
-            page.evaluate("""(window.ends = [], Math.random = () => 0.1,
+            page.evaluate("""(window.ends = [], window.errors = [], Math.random = () => 0.1,
+                WebChannels.addEventListener('error', event => errors.push(event.detail.error)),
                 WebChannels.addEventListener('close', event => ends.push(event.detail)), 0)""")
             for call, outcome in (
                     ("'fail'", "ChannelError: no such luck"),
@@ -7146,6 +7156,8 @@ class InChromium(BrowserTest):
                 self.assertEqual(page.evaluate(
                     f"WebChannels.request('____', {call}).catch(String)"), outcome)
             page.wait_for(OPEN)
+            [error] = page.evaluate("errors")
+            self.assertTrue(error.endswith(": message too long (config.max_message_size)"), error)
             port = self.app.port
             self.app.down()
             page.wait_for("ends.length >= 4")

@@ -3169,7 +3169,7 @@ var WebChannels = (() => {
     } catch (error) { disconnect(1000, String(error)) }
   }
 
-  // Ticks, not times: hidden tabs tick late, frozen ones never, but they hear before they tick.
+  // Ticks, not times: hidden tabs tick late, frozen ones never, but hear before they tick.
   const tick = () => {
     clearTimeout(timer)
     timer = setTimeout(tick, TICK)
@@ -3226,8 +3226,8 @@ var WebChannels = (() => {
     }
     enter(final ? 'closed' : 'reconnecting', 'close', { code, reason, opened, wait })
     if (!final) emit('debug', { wait })
-    const why = origin === 'null' && !opened && failures < 2
-      ? 'see config.allowed_origins' : final && reason
+    const why = origin === 'null' && !opened && failures < 2 // a sandbox or a file
+      ? 'see config.base_path, allowed_origins' : (final || code > 1006) && reason
     if (why) complain({ error: `${address}: ${why}` })
   }
 
