@@ -5281,7 +5281,49 @@ class UpAndDownTest(unittest.TestCase):
         guard.start()
         self.addCleanup(guard.cancel)
         self.addCleanup(app.down)
-        self.assertEqual(asyncio.run(main()), b"page")
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            self.assertEqual(asyncio.run(main()), b"page")
+        self.assertIn("up() does not block an event loop: await serve()", logs.output[0])
+        app.down()
+        with mock.patch.object(sys, "ps1", ">>> ", create=True), \
+                self.assertLogs("webchannels", "INFO") as logs:
+            self.assertEqual(asyncio.run(main()), b"page")
+        self.assertNotIn("await serve()", str(logs.output))
+
+    def test_a_cell_of_a_notebook_is_run_again(self) -> None:
+        app = self.app()
+        self.addCleanup(app.down)
+        with mock.patch.object(sys, "ps1", ">>> ", create=True):
+            url = app.up(0)
+            self.assertEqual((app.up(0), request("GET", url).body), (url, b"page"))
+            others: list[dict[str, Any]] = [
+                {"port": app.port}, {"port": 0, "host": "0.0.0.0"}, {"port": 0, "block": True}]
+            for other in others:
+                with self.assertRaisesRegex(RuntimeError, f"already at {url}; call down"):
+                    app.up(**other)
+            app.down()
+            self.assertEqual(request("GET", app.up(0)).body, b"page")
+
+    def test_the_address_in_the_network_is_printed_too(self) -> None:
+        def said(host: str) -> str:
+            app, out = self.app(), io.StringIO()
+            with contextlib.redirect_stdout(out), \
+                    mock.patch.object(webchannels, "find_address", lambda: "192.0.2.7"):
+                threading.Thread(target=stop, args=(app, out)).start()
+                app.up(0, host, block=True)
+            return re.sub(r":\d+", ":80", out.getvalue())
+
+        def stop(app: WebChannels, out: io.StringIO) -> None:
+            while not out.getvalue().endswith("\n"):
+                time.sleep(0.01)
+            app.down()
+        ends = " (Ctrl+C stops)\n"
+        self.assertEqual(said("0.0.0.0"),
+                         f"Serving at http://localhost:80 and http://192.0.2.7:80{ends}")
+        self.assertEqual(said("127.0.0.1"), f"Serving at http://127.0.0.1:80{ends}")
+        self.assertRegex(webchannels.find_address(), r"^(localhost|\d+\.\d+\.\d+\.\d+)$")
+        with mock.patch.object(socket.socket, "connect", side_effect=OSError):
+            self.assertEqual(webchannels.find_address(), "localhost")
 
     SCRIPT = """
 import sys, time, os
@@ -5671,7 +5713,8 @@ class DemoTest(unittest.TestCase):
                          f"webchannels {webchannels.__version__}\nSHA-256 {sha256()}\n")
         with socket.create_server(("127.0.0.1", 0)) as sock:
             port = sock.getsockname()[1]
-            for taken, said in ((port, f"webchannels: port {port} on 127.0.0.1 is taken.*"),
+            for taken, said in ((port, f"webchannels: port {port} on 127.0.0.1 is taken: "
+                                 f".*: --port {port + 1}, or a free one: --port 0"),
                                 (99999, "webchannels: .*port must be 0-65535.*")):
                 done = run_python("webchannels.py", "--port", str(taken))
                 self.assertEqual((done.returncode, done.stdout), (1, ""))

@@ -2722,11 +2722,11 @@ class WebChannels:
         """Serve from a background thread; return the address, such as "http://127.0.0.1:8000".
 
         In a script it blocks until Ctrl+C, SIGTERM or `down()`; in a REPL or notebook it returns
-        at once; `block` overrides. `port` and `host` are those of `config` by default; port 0
-        picks a free one; `sock` is a listening socket instead of both. `ssl` is a context with a
-        certificate. `reuse_port` lets processes share the port (ValueError where the system does
-        not). Raises OSError for a port that cannot be had, RuntimeError if the app serves already;
-        and SystemExit, when it blocks, if a handler raises that.
+        at once, also when the same call is made again; `block` overrides. `port` and `host` are
+        those of `config` by default; port 0 picks a free one; `sock` is a listening socket instead
+        of both. `ssl` is a context with a certificate. `reuse_port` lets processes share the port
+        (ValueError where the system does not). Raises OSError for a port that cannot be had,
+        RuntimeError if the app serves already; and SystemExit, when it blocks, if a handler does.
         Example: up(0, "localhost", open_browser=True)
         """
         ready: concurrent.futures.Future[str] = concurrent.futures.Future()
@@ -2745,11 +2745,16 @@ class WebChannels:
             finally:
                 done.set()
 
+        repl = hasattr(sys, "ps1") or bool(sys.flags.interactive)
+        if repl and not block and self.url and self._where == (port, host, ssl, sock, reuse_port):
+            return self.url  # a notebook's cell is run again
         if block is None:
-            block = not hasattr(sys, "ps1") and not sys.flags.interactive  # is nobody typing?
+            block = not repl
             with contextlib.suppress(RuntimeError):  # no loop runs here
                 asyncio.get_running_loop()
                 block = False  # as in a notebook
+                if not repl:
+                    logger.warning("up() does not block an event loop: await serve()", extra=ALWAYS)
         self._wanted = True
         threading.Thread(target=contextvars.copy_context().run, args=(run,), name="webchannels",
                          daemon=True).start()
@@ -2765,7 +2770,8 @@ class WebChannels:
             if ours:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
-                print(f"Serving at {url} (Ctrl+C stops)", flush=True)
+                urls = dict.fromkeys([url, url.replace("localhost", find_address())])
+                print(f"Serving at {' and '.join(urls)} (Ctrl+C stops)", flush=True)
                 while not done.is_set():  # as in down()
                     time.sleep(0.1)
             except KeyboardInterrupt:
@@ -2798,6 +2804,7 @@ class WebChannels:
             self._threads = asyncio.Semaphore(self.config.max_threads)  # this may raise
             handover = Handover(loop, 8 * self.config.max_send_buffer)
             self._loop, self._thread, self._done = loop, threading.get_ident(), done
+            self._where = where
             self._stop, self._context = loop.create_future(), contextvars.copy_context()
             self._handover = handover
         # Once glibc has freed a block of this size, it keeps freed memory for the next message. It
@@ -3058,6 +3065,14 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")  # RFC 6761, 6.3
+
+
+def find_address() -> str:
+    """This machine's address in its network, or "localhost"."""
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody's; and nothing is sent
+        return str(probe.getsockname()[0])
+    return "localhost"
 
 
 @functools.lru_cache(maxsize=256)
@@ -3505,7 +3520,8 @@ def main() -> None:
     try:
         demo_app().up(options.port, options.host, block=True, open_browser=options.open)
     except (OSError, OverflowError) as error:
-        sys.exit(f"webchannels: {getattr(error, 'strerror', None) or error}")
+        text = f"webchannels: {getattr(error, 'strerror', None) or error}"
+        sys.exit(re.sub(r"up\((\d+)\)", r"--port \1", text))
 
 
 if __name__ == "__main__":
