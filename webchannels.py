@@ -78,6 +78,8 @@ import sys
 import threading
 import time
 import traceback
+import types
+import typing
 import urllib.parse
 import weakref
 import zlib
@@ -98,6 +100,12 @@ H = TypeVar("H", bound=Callable[..., Any])
 # ------------------------------------------------------------------------------------- config
 
 
+def expect(value: Any, kinds: Any, rule: str) -> None:
+    """Raises TypeError, with the rule, for a value of another kind."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{rule}, not {value!r:.80}")
+
+
 @dataclass
 class Config:
     """Settings for `up()`: sizes in bytes, times in seconds. Example: Config(server_port=8080)"""
@@ -108,7 +116,8 @@ class Config:
     websockets_path: str = "/"  # where the WebSocket lives; a page may have the same path
     base_path: str = ""  # the prefix that a reverse proxy strips, "/live", or a whole URL
     default_channel: str = "____"  # the channel of channels_support()
-    # Whose pages may connect and post. None: same origin only; ["https://example.com"]; "*": any.
+    # Whose pages may connect and post. None: same origin only; "https://example.com", or several;
+    # "*": any.
     allowed_origins: str | Sequence[str] | None = None
     # The Host names that are answered. None: any, but on loopback only its own (DNS rebinding).
     allowed_hosts: Sequence[str] | None = None
@@ -133,6 +142,24 @@ class Config:
     # redis[s]://[[user]:password@]host[:port][/name]: broadcasts reach all processes that share it.
     redis_url: str | None = field(default=None, repr=False)
     bus: Bus | None = None  # what carries broadcasts in place of Redis
+
+    if not typing.TYPE_CHECKING:  # type checkers would take any name for a field
+        def __setattr__(self, name: str, value: Any) -> None:
+            fields = self.__dataclass_fields__
+            if name not in fields:
+                import difflib
+                near = difflib.get_close_matches(name, fields, 3, 0.4)
+                raise AttributeError(f"config has no {name}: is it {' or '.join(near or fields)}?")
+            rule = str(fields[name].type)  # such as "str | None"
+            if "Sequence" in rule and isinstance(value, str):
+                value = [value]
+            kinds = {"str": str, "int": int, "float": (int, float), "bool": bool, "Bus": Bus,
+                     "None": type(None), "Sequence": (list, tuple, set), "Callable": Callable}
+            found = [kinds.get(each.partition("[")[0], object) for each in rule.split(" | ")]
+            expect(value, tuple(found), f"config.{name} is {rule}")
+            if name.endswith("_path") and not re.match("/|https?://|$", value):
+                raise ValueError(f"config.{name} begins with a slash: {'/' + value!r}")
+            super().__setattr__(name, value)
 
 
 # ---------------------------------------------------------------------------------------- log
@@ -229,11 +256,24 @@ class Endpoint:
     def __init__(self, handler: Callable[..., Any], path: str = "/", threaded: bool = False,
                  supplied: Iterable[str] | None = None) -> None:
         """`supplied` are the names that a call will have; None: not known. Raises as `route()`."""
+        expect(handler, Callable, "a handler is a function (and @on_connect has no parentheses)")
         self.handler, self.threaded = handler, threaded
+        self.told = False  # that it returned None
         self.name: str = getattr(handler, "__qualname__", repr(handler))
         self.path_names = [_parse_segment(part)[0] for part in path.split("/") if part[:1] == ":"]
-        if not path.startswith("/") or len(set(self.path_names)) < len(self.path_names):
-            raise ValueError(f"a path starts with a slash and has no name twice, not {path!r}")
+        for rule, broken in {
+                "begins with a slash": path[:1] != "/",
+                "has no name twice": len(set(self.path_names)) < len(self.path_names),
+                "has :name, :name::int or :name::float for what varies": re.search("/[<{*]", path),
+                "has no query: ask for its names": supplied is None and re.search("[?#]", path),
+                "of a message is /channel/message": supplied and re.fullmatch("/[^/]+", path),
+        }.items():
+            if broken:
+                raise ValueError(f"a path {rule}: not {path!r}")
+        if (inspect.isfunction(handler) and self.name in __all__
+                and handler.__globals__.get(self.name) is globals()[self.name]):
+            raise ValueError(f"the handler {self.name} would take the place of {self.name}() of "
+                             "webchannels: give it another name")
         called = (handler, type(handler).__call__)  # an object may be the handler
         if threaded and any(map(inspect.iscoroutinefunction, called)):
             raise TypeError(f"{self.name} is async: it cannot be threaded=True as well")
@@ -267,6 +307,31 @@ class Endpoint:
         """The same, in a context of its own, where params() has `given`."""
         _params.set(given)
         return self(given)
+
+    def tell_slow(self, seconds: float) -> None:
+        """It held the event loop for so long."""
+        logger.warning("%s held the event loop for %d ms: make it a `def` with threaded=True, or "
+                       "let it await what takes long", self.name, seconds * 1000,
+                       extra={"kind": self.name})
+
+    @types.coroutine
+    def steps(self, coroutine: Any) -> Any:
+        """Await a coroutine, and tell of a step that held the event loop."""
+        step, value = coroutine.send, None
+        while True:
+            begun = time.monotonic()
+            try:
+                awaited = step(value)
+            except StopIteration as end:
+                return end.value
+            finally:
+                value = None  # an error that stayed would hold this frame, which holds it
+                if (seconds := time.monotonic() - begun) > _SLOW:
+                    self.tell_slow(seconds)
+            try:
+                step, value = coroutine.send, (yield awaited)
+            except BaseException as error:
+                step, value = coroutine.throw, error
 
 
 def split_path(path: str) -> list[str]:
@@ -368,9 +433,10 @@ def to_utf8(text: str) -> bytes:
 
 def check_name(channel: str) -> None:
     """Raises ValueError for what no channel can be called."""
+    expect(channel, str, "a channel's name is a str")
     if not channel or len(channel) > _MAX_NAME or channel.strip("/") != channel:
         raise ValueError(f"a channel's name has 1 to {_MAX_NAME} characters, the first and the "
-                         f"last no slash: not {printable(channel, 40)!r}")
+                         f"last no slash, as in 'room': not {printable(channel, 40)!r}")
 
 
 def load_json(text: str) -> Any:
@@ -427,6 +493,7 @@ _EXTENSION = rf"[ \t]*;[ \t]*{_TOKEN.pattern}(?:[ \t]*=[ \t]*(?:{_TOKEN.pattern}
 _CHUNK_SIZE = re.compile(rf"([0-9A-Fa-f]{{1,8}})(?:{_EXTENSION})*".encode("latin-1"))
 _BAD_LINE_END = re.compile(rb"\r(?=[^\n])|(?<!\r)\n")
 _MAX_FIELDS = 100  # of a request's header
+_TOO_LARGE = "Body too large (config.max_body_size)"
 # No browser sends these in a form; to make sense of a million of them takes half a second.
 _NOT_IN_A_FORM = re.compile(rb"[^\x00-\x7f]|%(?![0-9A-Fa-f]{2})")
 _parse_form = functools.partial(urllib.parse.parse_qsl, keep_blank_values=True, errors="strict",
@@ -462,6 +529,12 @@ class HTTPError(Exception):
         self.text = _PHRASES.get(status, "").capitalize() if text is None else text
         self.response = Response(self.text, status, headers, "text/plain; charset=utf-8")
         super().__init__(f"{status} {self.text}")
+
+
+def mistaken(status: int, text: str, *values: Any) -> HTTPError:
+    """An answer to what may be the program's own mistake, of which the log warns."""
+    logger.warning(text, *values)
+    return HTTPError(status, text % values)
 
 
 class Request:
@@ -572,6 +645,7 @@ class Response:
             if (not _TOKEN.fullmatch(name) or not _TEXT.fullmatch(value) or name.lower() in
                     ("connection", "content-length", "date", "transfer-encoding")):
                 raise ValueError(f"not a header, or one that the server sets: {name!r}: {value!r}")
+        expect(status, int, "the status of an answer is an int")
         if not 200 <= status <= 599:
             raise ValueError(f"the status of an answer is 200 to 599, not {status}")
         self.status, self.headers = status, tuple(pairs)  # nothing is added behind the check
@@ -739,7 +813,7 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
                 raise HTTPError(400, "Bad chunk size")
             size = int(match[1], 16)
             if len(body) + size > settings.max_body_size:
-                raise HTTPError(413)
+                raise HTTPError(413, _TOO_LARGE)
             if not size:
                 break
             del buffer[:end + 2]
@@ -777,7 +851,7 @@ def read_requests(buffer: bytearray, settings: Config) -> Iterator[Request | byt
             if codings != ["chunked"]:
                 raise HTTPError(501, "Only chunked is implemented")
         if size > settings.max_body_size:
-            raise HTTPError(413)
+            raise HTTPError(413, _TOO_LARGE)
         if request.method == "HEAD" and (size or chunked):  # RFC 9110, 9.3.2
             raise HTTPError(400, "HEAD has no body")
         del buffer[:end + 4]  # not before: of a failed request it tells that it was a HEAD
@@ -832,7 +906,8 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
     if request.method != "GET":
         raise HTTPError(405, headers={"Allow": "GET"})
     if request.http_1_0 or request.body or "upgrade" not in request.members("connection"):
-        raise HTTPError(400, "A WebSocket needs HTTP/1.1, Connection: Upgrade and no body")
+        raise mistaken(400, "A WebSocket needs HTTP/1.1, Connection: Upgrade and no body: does a "
+                       "proxy hand on both?")
     if headers.get("sec-websocket-version") != "13":
         raise HTTPError(426, headers={"Sec-WebSocket-Version": "13", "Upgrade": "websocket"})
     key = headers.get("sec-websocket-key", "")
@@ -1682,6 +1757,8 @@ class ChannelClient(Connection):
         channel, message, ref = origin
         if message != "subscribe":  # which is confirmed before anything is pushed
             self._app._here()  # what the handler's threads sent comes before
+        elif self.connected and channel not in self.channels:
+            raise mistaken(403, "/%s/subscribe did not call subscribe(client, channel)", channel)
         settings, (v1, bits) = self._app.config, self._dialect
         opcode = TEXT
         if v1 and ref is not None:
@@ -2194,8 +2271,7 @@ class WebChannels:
 
     def _register(self, router: Router, method: str, path: str, handler: Any,
                   *about: Any) -> Callable[[H], H]:
-        if not isinstance(path, str):
-            raise TypeError(f"first comes the path, as in @route('/path'), not {path!r}")
+        expect(path, str, "first comes the path, as in @route('/path')")
 
         def register(handler: H) -> H:
             if getattr(handler, "__func__", None) in vars(WebChannels).values():
@@ -2207,7 +2283,7 @@ class WebChannels:
             register(handler)
         return register
 
-    def on_connect(self, handler: H) -> H:
+    def on_connect(self, handler: H = None) -> H:  # type: ignore[assignment]
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
         It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
@@ -2217,7 +2293,7 @@ class WebChannels:
         """
         return self._add(self._on_connect, handler)
 
-    def on_disconnect(self, handler: H) -> H:
+    def on_disconnect(self, handler: H = None) -> H:  # type: ignore[assignment]
         """Call `handler` when a client has left, as `on_connect()`. Example: on_disconnect(log)"""
         return self._add(self._on_disconnect, handler)
 
@@ -2246,6 +2322,8 @@ class WebChannels:
         if None in given:  # see _respond()
             given.update({**given[None].params(), **given})
             given.pop(None)
+        if key is not None and key not in given and "client" in given:
+            logger.warning("params(%r): there is only %s", key, ", ".join(given))
         return given if key is None else given.get(key, default)
 
     def channels_script(self) -> str:
@@ -2303,7 +2381,14 @@ class WebChannels:
         `8 * config.max_send_buffer` bytes wait for a loop that has not moved for 5 seconds.
         Example: broadcast("room", "tick", {"n": 1})
         """
+        expect(channels, Iterable, "first comes the channel, or several")
         names = [channels] if isinstance(channels, str) else list(channels)
+        for name in names:
+            check_name(name)
+            if not (name in self._subscribers or self._bus
+                    or self._thread and (name in self._open or self._guarded(name))):
+                logger.warning("broadcast() to %r, where nobody can be: first come up(), and "
+                               "channels_support(%r) or a handler of /%s/subscribe", *3 * [name])
         pushes = [(name, Push(self.config, name, message, payload)) for name in names]
         without, among = _ids(exclude), None if only is None else _ids(only)
         if self._here():
@@ -2387,6 +2472,7 @@ class WebChannels:
         ValueError for a bad channel name.
         Example: subscribe(client, "room")
         """
+        expect(client, ChannelClient, "first comes the client, then the channel")
         check_name(channel)
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
@@ -2492,11 +2578,10 @@ class WebChannels:
             raise self._exit(error) from error
         begun, self._now = self._now, time.monotonic()
         if self._now > begun + _SLOW:
-            logger.warning("%s held the event loop for %d ms: make it `async def`, or register "
-                           "it with threaded=True", endpoint.name, (self._now - begun) * 1000,
-                           extra={"kind": endpoint.name})
+            endpoint.tell_slow(self._now - begun)
         if result.__class__ is not str and inspect.isawaitable(result):
-            return context.run(asyncio.ensure_future, self._await(result))
+            steps = endpoint.steps(result) if inspect.iscoroutine(result) else result
+            return context.run(asyncio.ensure_future, self._await(steps))
         return result
 
     async def _await(self, result: Any) -> Any:
@@ -2583,7 +2668,7 @@ class WebChannels:
                 return
             else:
                 self._now = time.monotonic()
-                result = self._default(client, *origin[:2])
+                result = self._default(client, path, *origin[:2])
             if isinstance(result, asyncio.Future):
                 client._reply_later(origin, result)
             else:
@@ -2592,7 +2677,7 @@ class WebChannels:
             self._now = time.monotonic()
             client._fail(origin, error)
 
-    def _default(self, client: ChannelClient, channel: str, message: str) -> str:
+    def _default(self, client: ChannelClient, path: str, channel: str, message: str) -> str:
         """What a message does for which the program has no handler."""
         if message == "subscribe" and channel in self._open:
             self.subscribe(client, channel)
@@ -2601,7 +2686,9 @@ class WebChannels:
                                          or self._guarded(channel)):
             self.unsubscribe(client, channel)
             return "Unsubscription: OK"
-        raise HTTPError(404)
+        if message == "subscribe":
+            raise mistaken(404, "Not found: call channels_support(%r), or guard it", channel)
+        raise mistaken(404, "Not found: no handler for the message %s", path)
 
     def _guarded(self, channel: str) -> bool:
         return self._channels.find(f"/{channel}/subscribe") is not None
@@ -2619,7 +2706,8 @@ class WebChannels:
         """The answer to a request, or the client that it becomes; never raises for its faults."""
         try:
             self._check_host(request)
-            upgrade = "websocket" in request.members("upgrade")
+            lost = "sec-websocket-key" in request.headers and "upgrade" not in request.headers
+            upgrade = lost or "websocket" in request.members("upgrade")
             if upgrade or request.method not in ("GET", "HEAD", "OPTIONS"):
                 self._check_origin(request)
             if upgrade:
@@ -2654,7 +2742,11 @@ class WebChannels:
                 return Response(status=204, headers=allow)
             if method not in METHODS:
                 raise HTTPError(501)
-            raise HTTPError(405, headers=allow) if endpoints else HTTPError(404)
+            if endpoints:
+                raise HTTPError(405, headers=allow)
+            unasked = request.path == "/favicon.ico"  # by the program: it is no mistake of it
+            raise HTTPError(404) if unasked else mistaken(
+                404, "Not found: no handler for the route %s", request.path)
         given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
         if endpoint.takes_any or {*endpoint.takes} - {*given}:
             given = {**request.params(), **given}
@@ -2662,9 +2754,13 @@ class WebChannels:
             given[None] = request  # its parameters are read when the handler asks for them
         for name in endpoint.required:
             if name not in given:
-                raise HTTPError(400, f"The parameter {name} is missing")
+                raise mistaken(400, "The parameter %s is missing, and has no default", name)
         result = await self._invoke(endpoint, given)
         if result is None:
+            if method == "GET" and not endpoint.told:
+                endpoint.told = True
+                logger.warning("%s returned None, so a browser stays where it was (204): is a "
+                               "return missing?", endpoint.name, extra=ALWAYS)
             return Response(status=204)
         if isinstance(result, (str, bytes, bytearray, memoryview, dict, list, Path)):
             return Response(result, json_default=self.config.json_default)
@@ -2686,7 +2782,7 @@ class WebChannels:
     async def _upgrade(self, request: Request) -> ChannelClient:
         """The client that the connection becomes. Raises HTTPError, or what a handler raises."""
         if not self.config.websockets_server or request.path != self.config.websockets_path:
-            raise HTTPError(404)
+            raise mistaken(404, "No WebSocket at %s, but at config.websockets_path", request.path)
         head, dialect = accept_handshake(request, self.config.compression)
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect):
@@ -2700,7 +2796,7 @@ class WebChannels:
         allowed = self.config.allowed_hosts
         if not (any(each.lower() in (name, host, "*") for each in allowed) if allowed is not None
                 else is_loopback(name) or not self._local_only):
-            raise HTTPError(403, f"Host {host!r} is not allowed: see config.allowed_hosts")
+            raise mistaken(403, "Host %r is not in config.allowed_hosts", host)
 
     def _check_origin(self, request: Request) -> None:
         """Is its page allowed (RFC 6455, 10.2), if a browser sent it? Raises HTTPError 403."""
@@ -2709,10 +2805,10 @@ class WebChannels:
         if allowed is None:  # same origin; a request of HTTP/1.0 may have no host
             host = request.headers.get("host")
             allowed = [f"{re.split('[+:]', self.url)[0]}://{host}"] if host else []
-        if text is not None and allowed != "*":
+        if text is not None and "*" not in allowed:
             origin = parse_origin(text)
             if origin is None or origin not in map(parse_origin, allowed):
-                raise HTTPError(403, f"Origin {text!r} is not allowed: see config.allowed_origins")
+                raise mistaken(403, "Origin %r is not in config.allowed_origins", text)
 
     # Start and stop.
 
@@ -2869,6 +2965,9 @@ class WebChannels:
             self._ssl = ssl  # HTTPConnection shakes hands
         elif ssl:  # others, such as uvloop, read before they can be told not to
             where.update(ssl=ssl, ssl_handshake_timeout=self.config.handshake_timeout)
+        expect(port, int, "the port is an int, and comes first: up(8000, '0.0.0.0')")
+        expect(ssl, (ssl_module.SSLContext, type(None)), "ssl is an ssl.SSLContext, which has "
+               "load_cert_chain('cert.pem', 'key.pem')")
         try:
             server = await asyncio.start_server(  # start_serving: a cancel now would leak it
                 self._accept, backlog=1024, start_serving=False, **where)
@@ -3058,6 +3157,14 @@ def trim_memory() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
+def find_address() -> str:
+    """This machine's address in its network, or "localhost"."""
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody's; and nothing is sent
+        return str(probe.getsockname()[0])
+    return "localhost"
+
+
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
     """Does this name or address mean the machine itself?"""
@@ -3065,14 +3172,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost" or host.endswith(".localhost")  # RFC 6761, 6.3
-
-
-def find_address() -> str:
-    """This machine's address in its network, or "localhost"."""
-    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # RFC 5737: nobody's; and nothing is sent
-        return str(probe.getsockname()[0])
-    return "localhost"
 
 
 @functools.lru_cache(maxsize=256)
