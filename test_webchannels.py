@@ -5978,13 +5978,19 @@ class Redis:
     """A redis-server of its own on a port that is free; over TLS with the certificate in `pem`."""
 
     def __init__(self, *options: str, pem: Path | None = None, port: int = 0) -> None:
-        with socket.create_server(("127.0.0.1", port)) as free:
-            self.port: int = free.getsockname()[1]
+        self.port = port or self.free_port()
         self.command = ["redis-server", "--bind", "127.0.0.1", "--save", "", *options]
         self.command += ["--port", str(self.port)] if not pem else [
             "--port", "0", "--tls-port", str(self.port), "--tls-auth-clients", "no",
             "--tls-cert-file", str(pem), "--tls-key-file", str(pem), "--tls-ca-cert-file", str(pem)]
         self.start()
+
+    def free_port(self) -> int:
+        """Not one of those that the system gives to connections, which could take it meanwhile."""
+        while True:
+            port = random.randrange(15_000, 30_000)
+            with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+                return port
 
     def start(self) -> None:
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE)
