@@ -2394,12 +2394,11 @@ class WebChannels:
         if self._here():
             return self._context.copy().run(self._spread, pushes, without, among)
         count = sum(len(self._meant(name, without, among)) for name in names)
-        there = count > 0
-        if there or self._bus:
-            size = sum(push.size() for _, push in pushes) + 10 * count  # with a place in each queue
-            spread = functools.partial(self._spread, pushes, without, among)
-            there = self._give(spread, size) and there
-        return there
+        if not (count or self._bus):
+            return False
+        size = sum(push.size() for _, push in pushes) + 10 * count  # with a place in each queue
+        spread = functools.partial(self._spread, pushes, without, among)
+        return self._give(spread, size) and count > 0
 
     def _spread(self, pushes: list[tuple[str, Push]], without: set[str],
                 among: set[str] | None) -> bool:
