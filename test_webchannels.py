@@ -978,6 +978,19 @@ class FrameReaderTest(unittest.TestCase):
             self.assertTrue(sum(found, []) == [event] * 4321)  # a diff would take minutes
             self.assertEqual(reader.receive(each[4:]), [event])
 
+    def test_what_is_held_is_read_later(self) -> None:
+        reader, data = webchannels.FrameReader(100), frame(TEXT, b"a") + frame(BINARY, b"b")
+        reader.hold(data[:9])
+        self.assertTrue(reader.more)
+        reader.hold(data[9:])
+        self.assertEqual(reader.unfinished(), (1, len(data)))
+        self.assertEqual(reader.receive(b""), [(TEXT, "a"), (BINARY, b"b")])
+        self.assertFalse(reader.more)
+        reader.stop()
+        reader.hold(data)  # is ignored, as all that comes
+        self.assertFalse(reader.more)
+        self.assertEqual(reader.receive(b""), [])
+
     def test_failures_that_are_told_apart(self) -> None:
         reasons = set()
         for stream in (frame(CONTINUATION), frame(TEXT, fin=False) + frame(TEXT), frame(3)):
