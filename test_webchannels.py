@@ -27,6 +27,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import re
 import select
 import selectors
