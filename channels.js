@@ -25,6 +25,7 @@ var WebChannels = (() => {
   const requests = new Map() // by ref: not answered yet
   // {channel, promise, resolve, reject, timer, failures (once confirmed)}
   const subscriptions = new Map() // by channel: what the page wants of each connection
+  const places = new Map() // by channel that is kept: 'epoch.number' of what the page has
 
   // ---- To the page: its listeners may open() or close() ----
   // False: a listener prevented it.
@@ -98,10 +99,14 @@ var WebChannels = (() => {
     if (data === '') return
     const end = data.byteLength && new Uint8Array(data).indexOf(10) // where its envelope ends
     const frame = JSON.parse(end ? new TextDecoder().decode(data.slice(0, end)) : data)
-    const { channel, message, ref, error } = frame
+    const { channel, message, ref, error, at, n } = frame
+    const place = places.get(channel)
+    if (n <= place?.split('.')[1]) return // it comes twice
+    if (at || n) places.set(channel, at || place?.replace(/\d+$/, n))
+    if (at && place && place !== at) emit('missed', channel)
     if (end) frame[channel && message == null ? 'message' : 'payload'] = data.slice(end + 1)
     const request = requests.get(ref) // if it is still wanted
-    if (!ref) error == null ? deliver(frame) : complain(frame)
+    if (!ref) error == null ? 'message' in frame && deliver(frame) : complain(frame)
     else if (error == null) request?.resolve(frame.payload)
     else request?.reject(Object.assign(Error(error), { name: 'ChannelError' }))
   }
@@ -200,7 +205,8 @@ var WebChannels = (() => {
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
-      const frame = framed({ channel, message, ref: ++lastRef }, payload)
+      const since = message === 'subscribe' ? places.get(channel) : undefined
+      const frame = framed({ channel, message, ref: ++lastRef, since }, payload)
       const timer = setTimeout(
         frame.reject, Math.min(timeout, 2e9), failure('No reply in time', 'TimeoutError'))
       const abort = () => frame.reject(signal?.reason)

@@ -4485,6 +4485,429 @@ class RegistryTest(ServerTest):
         self.assertEqual(seen, {str(who): list(range(each)) for who in range(threads)})
 
 
+class KeptTest(ServerTest):
+    """What keep() promises, at the server."""
+
+    def configure(self, app: WebChannels) -> None:
+        app.channels_support("a")
+        app.keep("a", 5)
+        app.channels_support("b")
+
+    def ask(self, channel: str = "a", since: Any = None,
+            **options: Any) -> tuple[WebSocketClient, JsonObject]:
+        """A client, and what confirms its subscription."""
+        client = self.connect(**{"subprotocol": "webchannels.v1", **options})
+        return client, self.ask_again(client, channel, since)
+
+    def ask_again(self, client: WebSocketClient, channel: str = "a",
+                  since: Any = None) -> JsonObject:
+        asked = {"channel": channel, "message": "subscribe", "ref": 1}
+        client.send_json(asked if since is None else {**asked, "since": since})
+        reply: JsonObject = client.recv_json()
+        self.assertEqual(reply.get("ref"), 1)
+        return reply
+
+    def tell(self, *payloads: Any, channel: str = "a", **options: Any) -> None:
+        for payload in payloads:
+            self.app.broadcast(channel, "m", payload, **options)
+
+    def all(self, client: WebSocketClient) -> list[JsonObject]:
+        """What it is sent, until nothing is due any more."""
+        pushes: list[JsonObject] = []
+        end = json.dumps({"channel": "____", "message": "echo", "ref": 99, "payload": "end"})
+        client.send_text(end)
+        while True:
+            push = client.recv_json()
+            if push.get("ref") == 99:
+                if not any(kept.readers for kept in self.app._history.kept.values()):
+                    return pushes
+                client.send_text(end)
+            else:
+                pushes.append(push)
+
+    def payloads(self, client: WebSocketClient) -> list[Any]:
+        return [push["payload"] for push in self.all(client) if "payload" in push]
+
+    def test_who_comes_back_gets_what_it_missed(self) -> None:
+        client, reply = self.ask()
+        epoch, _, number = reply["at"].partition(".")
+        self.assertEqual((reply, number), ({"ref": 1, "payload": "Subscription: OK", "channel": "a",
+                                            "at": f"{epoch}.0"}, "0"))
+        self.tell("x", None)
+        self.app.broadcast("a", "text")
+        pushes = [{"n": 1, "channel": "a", "message": "m", "payload": "x"},
+                  {"n": 2, "channel": "a", "message": "m", "payload": None},
+                  {"n": 3, "channel": "a", "message": "text"}]
+        self.assertEqual([client.recv_json() for _ in pushes], pushes)
+        client.close()
+        for seen in range(4):  # in the middle of a replay, too, its position is that of a push
+            client, reply = self.ask(since=f"{epoch}.{seen}")
+            self.assertEqual((reply["at"], "missed" in reply), (f"{epoch}.{seen}", False))
+            self.assertEqual(self.all(client), pushes[seen:])
+        self.tell("live")
+        self.assertEqual(client.recv_json()["n"], 4)
+
+    def test_who_is_new_gets_what_is_kept(self) -> None:
+        self.app.keep("b", 5, rewind=False)
+        self.tell(*range(7))
+        self.tell(*range(7), channel="b")
+        client, reply = self.ask()
+        self.assertRegex(reply["at"], "[.]2$")
+        self.assertEqual(self.payloads(client), [2, 3, 4, 5, 6])
+        client, reply = self.ask("b")
+        self.assertRegex(reply["at"], "[.]7$")
+        self.tell("live", channel="b")
+        self.assertEqual(self.payloads(client), ["live"])
+        self.assertEqual(self.payloads(self.ask("b", reply["at"])[0]), ["live"])
+
+    def test_what_cannot_be_whole_is_missed(self) -> None:
+        self.app.keep("b", 2, rewind=False)
+        for channel in ("a", "b"):
+            at = self.ask(channel)[1]["at"]
+            epoch = at.partition(".")[0]
+            self.tell(*range(9), channel=channel)
+            forged: list[Any] = [
+                at, f"{epoch}.3", f"{epoch}.10", f"{epoch}.-1", "00000000.9", "", "9", 9,
+                f"{epoch}.{10 ** 30}", f"{epoch}.9\n", f"{epoch}.9 ", epoch, [at], {}, False,
+                f"{epoch}.\u0669", "." * 10_000]
+            for since in forged:
+                client, reply = self.ask(channel, since)
+                self.assertIs(reply["missed"], True, since)
+                kept = [4, 5, 6, 7, 8] if channel == "a" else []
+                self.assertEqual(reply["at"], f"{epoch}.{9 - len(kept)}")
+                self.assertEqual(self.payloads(client), kept)
+
+    def test_an_exclusion_is_no_gap(self) -> None:
+        client, reply = self.ask()
+        [sender] = self.app.connected_clients()
+        other = self.ask()[0]
+        self.tell("its own", exclude=sender)
+        self.tell("not kept", only=sender)
+        self.tell("to all")
+        self.assertEqual(self.payloads(other), ["its own", "to all"])
+        self.assertEqual([(push.get("n"), push.get("payload")) for push in self.all(client)],
+                         [(1, None), (None, "not kept"), (2, "to all")])
+        epoch = reply["at"].partition(".")[0]
+        client.close()
+        client, reply = self.ask(since=f"{epoch}.1")
+        self.assertEqual((self.payloads(client), "missed" in reply), (["to all"], False))
+
+    def test_all_kinds_of_guards(self) -> None:
+        app = self.app
+        app.keep("g/:name", 9)
+
+        def enter(client: ChannelClient, channel: str) -> str:
+            app.subscribe(client, channel)
+            self.tell("meanwhile", channel=channel)
+            return "in"
+
+        @app.channel("/g/awaited/subscribe")
+        async def enter_later(client: ChannelClient, channel: str) -> str:
+            enter(client, channel)
+            await asyncio.sleep(0)
+            self.tell("later", channel=channel)
+            await asyncio.sleep(0.01)
+            return "in"
+        app.channel("/g/plain/subscribe", enter)
+        app.channel("/g/threaded/subscribe", enter, threaded=True)
+        for name in ("plain", "threaded", "awaited"):
+            channel = f"g/{name}"
+            later = ["later"] if name == "awaited" else []
+            client, reply = self.ask(channel)
+            self.assertEqual(reply, {"ref": 1, "payload": "in", "channel": channel,
+                                     "at": reply["at"]})
+            self.assertEqual(self.payloads(client), ["meanwhile", *later])
+            client, again = self.ask(channel, reply["at"])
+            self.assertEqual((again["at"], "missed" in again), (reply["at"], False))
+            self.assertEqual(self.payloads(client), 2 * ["meanwhile", *later])
+
+    def test_a_guard_lets_in_the_second_time_or_elsewhere(self) -> None:
+        app, tries = self.app, itertools.count()
+
+        @app.channel("/door/subscribe")
+        def enter(client: ChannelClient) -> None:
+            if not next(tries) % 2:
+                raise ChannelError("Knock again")
+            app.subscribe(client, "a")
+        self.tell("secret")
+        client, reply = self.ask("door", "00000000.0")
+        self.assertEqual((reply["error"], self.all(client)), ("Knock again", []))
+        self.assertEqual(self.ask_again(client, "door", "00000000.0"), {"ref": 1, "payload": None})
+        at = client.recv_json()  # `since` was that of another channel
+        self.assertEqual(at, {"channel": "a", "at": at["at"]})
+        self.assertEqual(self.payloads(client), ["secret"])
+
+    def test_subscribed_from_outside_a_message(self) -> None:
+        client = self.connect(subprotocol="webchannels.v1")
+        plain = self.connect()
+        self.tell(1, 2)
+        for each in self.until(lambda: len(both := self.app.connected_clients()) == 2 and both):
+            self.assertTrue(self.app.subscribe(each, "a"))
+        pushes = self.all(client)
+        self.assertEqual(pushes[0], {"channel": "a", "at": pushes[0]["at"]})
+        self.assertEqual([push["payload"] for push in pushes[1:]], [1, 2])
+        for number in (1, 2):
+            self.assertEqual(plain.recv_json(),
+                             {"channel": "a", "message": "m", "payload": number})
+
+    def test_who_has_no_subprotocol(self) -> None:
+        self.app.broadcast("a", "text")
+        self.tell(1)
+        self.app.broadcast("a", b"bytes")
+        client = self.connect()
+        client.send_json({"channel": "a", "message": "subscribe", "since": "00000000.1"})
+        self.assertEqual([client.recv_text() for _ in range(2)], ["Subscription: OK", "text"])
+        self.assertEqual(client.recv_json(), {"channel": "a", "message": "m", "payload": 1})
+        self.assertEqual(client.recv(), (BINARY, b"bytes"))
+        self.tell("none", exclude=self.app.connected_clients())
+        self.tell("live")
+        self.assertEqual(client.recv_json()["payload"], "live")
+
+    def test_bytes_are_kept(self) -> None:
+        client, reply = self.ask()
+        self.app.broadcast("a", b"bytes")
+        self.app.broadcast("a", "trace", b"\n" * 2000)
+        for each in (client, self.ask(since=reply["at"])[0], self.ask(deflate=True)[0]):
+            self.assertEqual(each.recv(), (BINARY, b'{"n":1,"channel":"a"}\nbytes'))
+            opcode, data = each.recv()
+            self.assertEqual((opcode, data), (BINARY, b'{"n":2,"channel":"a","message":"trace"}\n'
+                                              + b"\n" * 2000))
+
+    def test_unsubscribed_and_subscribed_again(self) -> None:
+        client, reply = self.ask()
+        self.tell(1)
+        at = reply["at"].replace(".0", ".1")
+        self.assertEqual(client.recv_json()["n"], 1)
+        client.send_json({"channel": "a", "message": "unsubscribe", "ref": 1})
+        client.recv_json()
+        self.tell(2)
+        self.assertEqual(self.ask_again(client, "a", at)["at"], at)
+        self.assertEqual(self.payloads(client), [2])
+        self.assertEqual(self.ask_again(client, "a", at)["at"], at.replace(".1", ".2"))
+        self.assertEqual(self.all(client), [])  # it was subscribed, and had it all
+
+    def test_a_replay_of_more_than_the_send_buffer(self) -> None:
+        app, count = self.app, 400
+        app.keep("a", count)
+        app.config.max_send_buffer, app.config.max_kept = 1 << 16, 1 << 26
+        client = self.connect(subprotocol="webchannels.v1", timeout=30)
+        text = random_text(50_000)
+        self.tell(*[[number, text] for number in range(count)])
+        self.ask_again(client)
+        self.until(lambda: all(each._behind for each in app.connected_clients()))
+        app.keep("a", count + 1)
+        self.tell("live")  # while it has not read the rest
+        self.assertEqual([client.recv_json()["payload"][0] for _ in range(count)],
+                         [*range(count)])
+        self.assertEqual(client.recv_json()["payload"], "live")
+
+    def test_who_is_too_slow_misses_something_but_stays(self) -> None:
+        app = self.app
+        client, reply = self.ask()
+        epoch = reply["at"].partition(".")[0]
+        text = random_text(500_000)
+        for number in range(40):  # 20 MB, of which 5 pieces are kept
+            self.tell([number, text])
+        self.until(lambda: [each for each in app.connected_clients() if each._behind])
+        seen, told = 0, []
+        while seen < 40:
+            push = client.recv_json()
+            if "at" in push:
+                self.assertEqual(push, {"channel": "a", "at": push["at"], "missed": True})
+                self.assertGreater(int(push["at"].partition(".")[2]), seen)
+                seen = int(push["at"].partition(".")[2])
+                told.append(push["at"])
+            else:
+                seen += 1
+                self.assertEqual((push["n"], push["payload"][0]), (seen, seen - 1))
+        self.assertEqual(told, [f"{epoch}.35"])
+
+    def test_bounds(self) -> None:
+        app, history = self.app, self.app._history
+        app.keep("b", 1000)
+        app.config.max_kept = 50_000
+
+        def kept(channel: str = "b") -> list[Any]:
+            return self.payloads(self.ask(channel)[0])
+        with self.assertLogs("webchannels", "WARNING") as logs:
+            logging.getLogger("webchannels").setLevel(logging.WARNING)
+            self.tell(*range(200), channel="b")
+        self.assertIn("max_kept does not suffice to keep 1000 messages", logs.output[0])
+        logging.getLogger("webchannels").setLevel(logging.CRITICAL + 1)
+        numbers = kept()
+        self.assertEqual(numbers, [*range(200 - len(numbers), 200)])
+        self.assertLess(50, len(numbers))
+        app.keep("b", 3)  # while it serves
+        self.assertEqual(kept(), [197, 198, 199])
+        app.config.kept_ttl = 0.1
+        at = self.ask("b")[1]["at"].replace(".197", ".200")
+        time.sleep(0.15)
+        client, reply = self.ask("b", at)  # nothing was lost, however old it is
+        self.assertNotIn("missed", reply)
+        self.assertEqual((kept(), kept()), ([], []))
+        self.assertEqual({*history.kept}, {"b"})
+        client.close()
+        for each in app.connected_clients():
+            each.close()
+        self.until(lambda: not history.kept)  # nobody has used it for long
+        self.assertEqual(history._weight, 0)
+        self.assertIs(self.ask("b", at)[1]["missed"], True)
+
+    def test_all_channels_have_a_bound(self) -> None:
+        app, history = self.app, self.app._history
+        app.keep(":room", 10)
+        client, reply = self.ask()
+        self.tell("first")
+        app.config.max_kept_total = 200_000
+        for number in range(1000):
+            self.tell("x" * 100, channel=f"room{number}")
+            self.assertLessEqual(history._weight, 200_000)
+        self.until(lambda: "room999" in history.kept)
+        self.assertEqual(history._weight, sum(each.weight for each in history.kept.values()))
+        self.assertNotIn("room1", history.kept)
+        self.assertIs(self.ask("a", reply["at"])[1]["missed"], True)
+        self.tell("next")  # it has a subscriber, and goes on
+        self.assertEqual([push["n"] for push in self.all(client)], [1, 2])
+
+    def test_kept_before_it_serves_and_from_any_thread(self) -> None:
+        app = WebChannels(Config(shutdown_timeout=0.1))
+        app.keep("____", 10)
+        self.assertFalse(app.broadcast("____", "early"))
+        with serve(app) as url:
+            self.assertFalse(app.broadcast("____", "nobody is there"))
+            self.url = url
+            client, reply = self.ask("____")
+            self.assertEqual([client.recv_json()["message"] for _ in range(2)],
+                             ["early", "nobody is there"])
+        app.broadcast("____", "late")
+        with serve(app) as self.url:
+            client, again = self.ask("____", reply["at"].replace(".0", ".1"))
+            self.assertNotIn("missed", again)
+            self.assertEqual([client.recv_json()["message"] for _ in range(2)],
+                             ["nobody is there", "late"])
+
+    def test_kept_from_now_on(self) -> None:
+        client, reply = self.ask("b")
+        self.assertEqual(reply, {"ref": 1, "payload": "Subscription: OK"})
+        self.app.keep("b")
+        self.tell(1, channel="b")
+        at, push = client.recv_json(), client.recv_json()
+        self.assertEqual((at["at"][-2:], push["n"]), (".0", 1))
+        self.tell(2, channel="b")
+        self.assertEqual(self.payloads(self.ask("b", at["at"])[0]), [1, 2])
+
+    def test_threads_broadcast_while_many_come_back(self) -> None:
+        app, threads, each, pages = self.app, 8, 150, 60
+        app.keep("a", threads * each)
+
+        def flood(thread: int) -> None:
+            for number in range(each):
+                app.broadcast("a", "m", [thread, number])
+                time.sleep(0.001)
+        at = self.ask()[1]["at"]
+        flooding = [threading.Thread(target=flood, args=(number,)) for number in range(threads)]
+        for one in flooding:
+            one.start()
+        got: list[dict[int, Any]] = []
+        for page in range(pages):
+            seen: dict[int, Any] = {}
+            since: str = at
+            for _ in range(3):
+                client, reply = self.ask(since=since)
+                self.assertEqual((reply["at"], "missed" in reply), (since, False))
+                for _ in range(5 if page < pages - 1 else threads * each):
+                    if len(seen) < threads * each:
+                        push = client.recv_json()
+                        self.assertEqual(push["n"], len(seen) + 1)
+                        seen[push["n"]] = push["payload"]
+                since = f"{at.partition('.')[0]}.{len(seen)}"
+                client.close()
+            got.append(seen)
+        for one in flooding:
+            one.join()
+        whole = got[-1]
+        self.assertEqual([len(whole), *(whole[n] for n in got[0])],
+                         [threads * each, *got[0].values()])
+        for thread in range(threads):
+            self.assertEqual([n for t, n in whole.values() if t == thread], [*range(each)])
+
+    def test_the_clock_is_set(self) -> None:
+        at = self.ask()[1]["at"]
+        self.tell(1)
+        with mock.patch("time.time", lambda: 4e9):
+            self.tell(2)
+            self.assertEqual(self.payloads(self.ask(since=at)[0]), [1, 2])
+
+    def test_another_server_in_its_place(self) -> None:
+        at = self.ask()[1]["at"]
+        app = WebChannels(Config(shutdown_timeout=0.1))
+        app.keep("a")
+        app.channels_support("a")
+        with serve(app) as self.url:
+            self.assertIs(self.ask(since=at)[1]["missed"], True)
+
+    def test_a_bus_of_ones_own(self) -> None:
+        class Wire(webchannels.Bus):
+            def __init__(self) -> None:
+                self.wanted: set[str] = set()
+                self.peers: list[Wire] = []
+
+            def publish(self, channel: str, data: bytes) -> None:
+                for peer in self.peers:
+                    if channel in peer.wanted:
+                        peer.deliver(channel, data)
+
+            def listen(self, channel: str, wanted: bool) -> None:
+                (self.wanted.add if wanted else self.wanted.remove)(channel)
+        wires = [Wire(), Wire()]
+        apps = [WebChannels(Config(bus=wire, shutdown_timeout=0.1)) for wire in wires]
+        for app, wire in zip(apps, wires):
+            wire.peers = [each for each in wires if each is not wire]
+            app.channels_support("a")
+            app.channel("/____/echo", lambda payload: payload)
+            app.keep("a", 5)
+        apps[0].broadcast("a", "m", "early")
+        with serve(apps[0]) as self.url, serve(apps[1]) as other:
+            self.app = apps[0]
+            self.until(lambda: "a" in wires[0].wanted)
+            apps[1].broadcast("a", "m", 1)
+            client, reply = self.ask()
+            self.assertEqual(self.payloads(client), ["early", 1])
+            at = reply["at"].replace(".0", ".2")
+            client.close()
+            self.until(lambda: not apps[0].connected_clients())
+            apps[1].broadcast("a", "m", 2)  # while nobody is subscribed there
+            client, reply = self.ask(since=at)
+            self.assertEqual((reply["at"], self.payloads(client)), (at, [2]))
+            wires[0].missed()
+            told = client.recv_json()
+            self.assertEqual((told["missed"], told["at"][-2:]), (True, ".0"))
+            self.assertNotEqual(told["at"][:8], at[:8])
+            self.assertEqual(self.payloads(client), ["early", 1, 2])
+            self.assertIs(self.ask(since=at)[1]["missed"], True)
+            self.url, self.app = other, apps[1]
+            self.assertIs(self.ask(since=at)[1]["missed"], True)  # each numbers for itself
+            for app in apps:
+                app.config.kept_ttl = 0.02
+                for each in app.connected_clients():
+                    each.close()
+            self.until(lambda: not wires[0].wanted and not wires[1].wanted)
+
+    def test_what_cannot_be_kept_is_an_error(self) -> None:
+        for channel in ("", "/a", "a/", "x" * 300, "a/:b::bool"):
+            with self.assertRaises(ValueError):
+                self.app.keep(channel)
+        with self.assertRaises(ValueError):
+            self.app.keep("a", 0)
+        with self.assertRaises(TypeError):
+            self.app.keep("a", "5")  # type: ignore[arg-type]
+
+
+def random_text(size: int) -> str:
+    """What nobody can compress by much."""
+    return base64.b64encode(Random(1).randbytes(size * 3 // 4)).decode()
+
+
 class ThreadsTest(ServerTest):
     """What other threads call: nothing waits for ever, whatever locks are held."""
 
@@ -6088,6 +6511,8 @@ sys.stdin.read()
         app = WebChannels(Config(redis_url=url, shutdown_timeout=0.1, **settings))
         app.channels_support("a")
         app.channels_support("b")
+        app.channels_support("k")
+        app.keep("k", 1000)
         return app
 
     def serving(self, url: str = "", **settings: Any) -> tuple[WebChannels, str]:
@@ -6421,7 +6846,7 @@ sys.stdin.read()
         for number in range(1000):
             one.broadcast("a", f"{number:0100}")
         bus: Any = one._bus
-        self.assertLess(sum(map(len, bus._queue)), 8 * 2048)
+        self.assertLess(sum(len(each.data) for each in bus._queue), 8 * 2048)
         self.redis.start()
         first_kept = int(there.recv_text())
         self.assertEqual([int(there.recv_text()) for _ in range(first_kept + 1, 1000)],
@@ -6658,6 +7083,258 @@ sys.stdin.read()
             apps[0].broadcast("____", "alone")
             self.assertEqual(client.recv_text(), "alone")
 
+    # What is kept.
+
+    def page(self, url: str, since: str = "") -> KeptClient:
+        page = KeptClient(url, since)
+        self.addCleanup(page.client.close)
+        return page
+
+    def test_redis_numbers_what_is_kept(self) -> None:
+        (one, first), (two, second) = self.serving(), self.serving()
+        here, there = self.page(first), self.page(second)
+        for page in (here, there):
+            self.until(lambda page=page: page.read(0.05) or page.at)  # type: ignore[misc]
+            self.assertRegex(page.at, "[.]0$")  # told although nothing was ever sent
+        sender = one.connected_clients()[0]
+        for number in range(20):
+            (one, two)[number % 2].broadcast("k", "m", number)
+        self.assertFalse(one.broadcast("k", "m", "its own", exclude=sender))
+        self.assertTrue(one.broadcast("k", b"bytes"))
+        two.broadcast("k", "m", "not kept", only=sender)
+        here.read_to(22)
+        there.read_to(22)
+        self.assertEqual(sorted(map(str, there.got[:20])), sorted(map(str, range(20))))
+        self.assertEqual([got for got in here.got if got != "not kept"],
+                         [got for got in there.got if got != "its own"])
+        for since in (there.places[10], there.at):  # elsewhere, and after all were restarted
+            for url in (first, self.serving()[1]):
+                page = self.page(url, since)
+                page.read_to(22)
+                self.assertEqual((page.got, page.missed),
+                                 (there.got[there.places.index(since) + 1:], 0))
+        page = self.page(first, there.at.replace(".22", ".23"))  # nobody has told it that
+        page.read_to(22)
+        self.assertEqual((len(page.got), page.missed), (22, 1))
+        [key] = self.redis.ask("KEYS", "*")
+        self.assertEqual(key, "webchannels/0/k")
+        self.assertEqual(self.log.lines, [])
+
+    def test_kept_while_redis_is_away(self) -> None:
+        self.redis.kill()
+        self.redis = self.redis_server("--appendonly", "yes", "--appendfsync", "always")
+        (one, first), (two, second) = self.serving(), self.serving()
+        here, there = self.page(first), self.page(second)
+        one.broadcast("k", "m", 0)
+        here.read_to(1)
+        there.read_to(1)
+        self.redis.kill()
+        self.until(lambda: all(app._redis and app._redis._away for app in (one, two)))
+        self.assertTrue(one.broadcast("k", "m", 1))
+        self.assertEqual(here.read(), {"channel": "k", "message": "m", "payload": 1})
+        late, came_back = self.page(first), self.page(first, here.at)
+        one.broadcast("k", "m", 2)
+        for page in (here, late, came_back):
+            self.until(lambda page=page: page.read() and page.got[-1] == 2)  # type: ignore[misc]
+        two.broadcast("k", "m", 3)
+        there.read()
+        self.redis.start()
+        for page in (here, there, late, came_back):
+            page.read_to(4)
+        self.assertEqual(there.got.index(1) + 1, there.got.index(2))
+        self.assertEqual(here.got[:3], [0, 1, 2])
+        for page in (here, there, late, came_back):
+            self.assertEqual((sorted(page.got), page.missed),
+                             ([1, 2, 3] if page is came_back else [0, 1, 2, 3], 0))
+        new = self.page(first)
+        new.read_to(4)
+        one.broadcast("k", "m", "live")
+        for page in (here, there, late, came_back, new):
+            page.read_to(5)
+            self.assertEqual(page.got[-1], "live")
+
+    def test_kept_in_a_redis_that_has_lost_all(self) -> None:
+        one, url = self.serving()
+        page = self.page(url)
+        one.broadcast("k", "m", 0)
+        page.read_to(1)
+        epoch = page.at
+        self.redis.kill()
+        self.until(lambda: one._redis and one._redis._away)
+        one.broadcast("k", "m", 1)
+        self.redis.start()
+        page.until(lambda: page.at.endswith(".1") and page.at != epoch)
+        self.assertEqual((page.got, page.missed), ([0, 1], 1))
+
+    def test_kept_while_connections_to_redis_are_cut(self) -> None:
+        (one, first), (two, second) = self.serving(), self.serving()
+        pages = [self.page(first), self.page(second)]
+        for page in pages:
+            page.until(lambda page=page: page.at)  # type: ignore[misc]
+        for number in range(300):
+            (one, two)[number % 2].broadcast("k", "m", number)
+            if number % 50 == 20:
+                self.redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
+            time.sleep(0.001)
+        for page in pages:
+            page.read_to(300)
+            self.assertEqual((sorted(page.got), page.missed), ([*range(300)], 0))
+            self.assertEqual([each for each in page.got if each % 2], [*range(1, 300, 2)])
+        self.assertEqual(pages[0].got, pages[1].got)
+
+    def test_kept_what_has_no_answer_is_sent_again_but_kept_once(self) -> None:
+        one, url = self.serving()
+        page = self.page(url)
+        bus: Any = one._redis
+        original = bus._put
+        commands: list[Any] = []
+
+        def put(command: Any) -> None:
+            commands.append(command)
+            original(command)
+        bus._put = put
+        for number in range(3):
+            one.broadcast("k", "m", number)
+        page.read_to(3)
+        one._call(lambda: bus._sent.extend(commands))  # as if the answers had been lost
+        self.redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
+        one.broadcast("k", "m", "next")
+        page.read_to(4)
+        self.assertEqual((page.got, page.missed), ([0, 1, 2, "next"], 0))
+        one.keep("k", 1)
+        one.broadcast("k", "m", "last but one")
+        one.broadcast("k", "m", "last")
+        page.read_to(6)
+        one._call(lambda: bus._sent.append(commands[-2]))  # now nobody can tell
+        self.redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
+        self.until(lambda: self.log.count("it may be missing"))
+        one.broadcast("k", "m", "end")
+        page.read_to(7)
+        self.assertEqual(page.got, [0, 1, 2, "next", "last but one", "last", "end"])
+
+    def test_kept_a_gap_is_filled(self) -> None:
+        (one, _), (two, second) = self.serving(), self.serving()
+        page = self.page(second)
+        deliver = two._bus.deliver if two._bus else None
+        assert deliver and two._bus
+        two._bus.deliver = lambda channel, data: None if b".3 " in data[:20] and data[:1] == b"#" \
+            else deliver(channel, data)
+        for number in range(1, 7):
+            one.broadcast("k", "m", number)
+        page.read_to(6)
+        self.assertEqual((page.got, page.missed), ([1, 2, 3, 4, 5, 6], 0))
+
+    def test_kept_more_than_is_fetched_at_once(self) -> None:
+        one, _ = self.serving()
+        text = "x" * 100_000
+        for number in range(40):
+            one.broadcast("k", "m", [number, text])
+        two, second = self.serving()
+        page, other = self.page(second), self.page(second)
+        one.broadcast("k", "m", ["live"])
+        for each in (page, other):
+            each.read_to(41)
+            self.assertEqual([got[0] for got in each.got], [*range(40), "live"])
+
+    def test_kept_has_bounds_at_redis(self) -> None:
+        def length() -> int:
+            return int(self.redis.ask("LLEN", "webchannels/0/k")[0][1:])
+        one, url = self.serving(max_kept=100_000)
+        one.keep("k", 7)
+        for number in range(20):
+            one.broadcast("k", "m", number)
+        self.until(lambda: length() == 7)
+        self.assertGreater(int(self.redis.ask("TTL", "webchannels/0/k")[0][1:]), 86_400)
+        page = self.page(url)
+        page.read_to(20)
+        self.assertEqual(page.got, [*range(13, 20)])
+        for number in range(3):
+            one.broadcast("k", "m", [number, "x" * 40_000])
+        page.read_to(23)
+        self.assertEqual(length(), 2)
+        one.config.kept_ttl = 0.2
+        page = self.page(url, page.at)
+        time.sleep(0.3)
+        one.broadcast("k", "m", "new")
+        page.read_to(24)
+        self.assertEqual((page.got, page.missed, length()), (["new"], 0, 1))
+
+    def test_kept_before_it_serves_goes_to_redis(self) -> None:
+        app = self.new_app()
+        app.broadcast("k", "m", "early")
+        two, second = self.serving()
+        with serve(app) as url:
+            for each in (url, second):
+                page = self.page(each)
+                page.read_to(1)
+                self.assertEqual(page.got, ["early"])
+
+    def test_kept_new_without_rewind(self) -> None:
+        one, url = self.serving()
+        one.keep("k", 1000, rewind=False)
+        one.broadcast("k", "m", "before")
+        self.until(lambda: self.redis.ask("LLEN", "webchannels/0/k") == [":1"])
+        page = self.page(url)
+        one.broadcast("k", "m", "after")
+        page.read_to(2)
+        self.assertEqual(page.got, ["after"])
+
+    def test_the_commands_that_a_user_of_redis_needs(self) -> None:
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        match = re.search(r"ACL SETUSER [^`]*", text)
+        assert match
+        words = match[0].replace("\n", " ").replace(">secret", ">x").split()
+        self.assertEqual(self.redis.ask(*words), ["+OK"])
+        app, url = self.serving(f"redis://{words[2]}:x@127.0.0.1:{self.redis.port}")
+        page = self.page(url)
+        app.broadcast("k", "m", 1)
+        page.read_to(1)
+        self.client(url, "a")
+        self.assertEqual((self.log.lines, page.got), ([], [1]))
+
+
+class KeptClient:
+    """What a page does with a kept channel."""
+
+    def __init__(self, url: str, since: str = "") -> None:
+        self.client = WebSocketClient(url, subprotocol="webchannels.v1")
+        self.at, self.missed = since, 0
+        self.got: list[Any] = []
+        self.places: list[str] = []  # after each of these
+        self.client.send_json({"channel": "k", "message": "subscribe", "ref": 1,
+                               **({"since": since} if since else {})})
+        assert self.read()["payload"] == "Subscription: OK"
+
+    def read(self, timeout: float | None = None) -> JsonObject:
+        try:
+            opcode, data = self.client.recv(timeout)
+        except socket.timeout:
+            if timeout is None:
+                raise
+            return {}
+        text, _, binary = data.partition(b"\n")
+        push: JsonObject = json.loads(text)
+        assert push.get("n", 1e9) > int(self.at.partition(".")[2] or 0), (push, self.at)
+        if "at" in push:
+            self.missed += bool(self.at and self.at != push["at"])
+            assert push.get("missed", False) == bool(self.at and self.at != push["at"]), push
+            self.at = push["at"]
+        elif "n" in push:
+            epoch, _, last = self.at.partition(".")
+            assert push["n"] == int(last) + 1, (push, self.at)
+            self.at = f"{epoch}.{push['n']}"
+        if "message" in push or opcode == BINARY:
+            self.got.append(push.get("payload", binary.decode()))
+            self.places.append(self.at)
+        return push
+
+    def until(self, condition: Callable[[], Any]) -> None:
+        while not condition():
+            self.read()
+
+    def read_to(self, number: int) -> None:
+        self.until(lambda: self.at.endswith(f".{number}"))
+
 
 # ---- In browsers ---------------------------------------------------------------------------------
 
@@ -6874,6 +7551,89 @@ class InChromium(BrowserTest):
             page.evaluate("WebChannels.request('____', 'echo', 1000)")
             self.assertEqual(self.echoed, list(range(1001)))
             self.assertEqual(page.evaluate("got.map(push => push.payload)"), list(range(1000)))
+
+    def kept_page(self, url: str) -> Page:
+        """A page that notes, in `got`, what it is sent on the kept channel, and `missed`."""
+        self.app.keep("____", 100)
+        page = self.live_page(url, RECORD + self.app.channels_support("other") + """<script>
+            WebChannels.channel('/:channel/n', n => got.push(n))
+            WebChannels.addEventListener('missed', ({ detail }) => got.push('missed ' + detail))
+            </script>""")
+        page.evaluate("WebChannels.request('____', 'echo', 0)")
+        return page
+
+    def test_what_is_broadcast_while_away_comes_once_and_in_order(self) -> None:
+        numbers = iter(range(1000))
+
+        def tell(count: int) -> None:
+            for _ in range(count):
+                self.app.broadcast("____", "n", next(numbers))
+        self.app.keep("____")
+        with serve(self.app) as url:
+            tell(3)  # which a page that is new gets, too
+            page = self.kept_page(url)
+            page.evaluate(NO_TIMERS)
+            for _ in range(3):  # the second time, it has heard nothing since
+                self.lose(page)
+                tell(7)
+                page.evaluate("dispatchEvent(new Event('online'))")
+                page.wait_for(OPEN)
+                self.lose(page)
+                page.evaluate("dispatchEvent(new Event('online'))")
+                page.wait_for(OPEN)
+                tell(2)
+            page.evaluate("WebChannels.unsubscribe('____')")
+            tell(2)
+            page.evaluate("WebChannels.subscribe('____')")
+            client = next(each for each in self.app.connected_clients())
+            next(numbers)
+            self.app.broadcast("____", "n", "not for it", exclude=client)
+            self.lose(page)
+            page.evaluate("dispatchEvent(new Event('online'))")
+            page.wait_for(OPEN)
+            self.app.broadcast("____", b"bytes")
+            self.app.broadcast("____", "end")
+            page.wait_for("got.at(-1) === 'end'")
+            self.assertEqual(page.evaluate("got.filter(each => !(each instanceof ArrayBuffer))"),
+                             [*range(3 + 3 * 9 + 2), "end"])
+            self.assertEqual(page.evaluate("got.length"), 3 + 3 * 9 + 4)
+            self.assertEqual(page.errors, [])
+
+    def test_missed_comes_before_what_is_kept(self) -> None:
+        with serve(self.app) as url:
+            page = self.kept_page(url)
+            page.evaluate(NO_TIMERS)
+            for number in range(150):
+                if number == 20:
+                    self.lose(page)
+                self.app.broadcast("____", "n", number)
+            page.evaluate("dispatchEvent(new Event('online'))")
+            page.wait_for("got.at(-1) === 149")
+            kept = [*range(50, 150)]
+            self.assertEqual(page.evaluate("got"), [*range(20), "missed ____", *kept])
+            self.app._history.kept.clear()  # as if it was another process
+            self.lose(page)
+            page.evaluate("(got.length = 0, dispatchEvent(new Event('online')))")
+            page.wait_for("got.length")
+            self.app.broadcast("____", "n", "live")
+            page.wait_for("got.length > 1")
+            self.assertEqual(page.evaluate("got"), ["missed ____", "live"])
+
+    def test_a_guard_subscribes_it_to_another_channel(self) -> None:
+        self.app.keep("other", 3)
+        self.app.channel("/door/subscribe", lambda client: self.app.subscribe(client, "other"))
+        with serve(self.app) as url:
+            page = self.kept_page(url)
+            page.evaluate("WebChannels.unsubscribe('other')")
+            page.evaluate(NO_TIMERS)
+            for number in range(2):
+                self.app.broadcast("other", "n", number)
+            page.evaluate("WebChannels.subscribe('door')")
+            page.wait_for("got.length > 1")
+            self.lose(page)
+            page.evaluate("dispatchEvent(new Event('online'))")
+            page.wait_for("got.length > 4")  # nobody knows what it has of it: it begins anew
+            self.assertEqual(page.evaluate("got"), [0, 1, "missed other", 0, 1])
 
     def test_past_its_bound_the_queue_rejects(self) -> None:
         with serve(self.app) as url:
@@ -8017,6 +8777,19 @@ class ReadmeTest(BrowserTest):
         with self.start("Browser", then="up()\n"):
             for path in "/inline", "/file":
                 self.open(self.url + path)
+
+    def test_kept_channels(self) -> None:
+        heading = "Kept channels"
+        then = """route("/", lambda: channels_support("train"))
+broadcast("train", "early")
+up()
+"""
+        with self.start(heading, then=then):
+            page = self.open()
+            page.wait_console("early")
+            page.evaluate(f"({{}}, {self.texts(heading, 'js')[0].strip()}, 0)")
+            page.evaluate("WebChannels.dispatchEvent(new CustomEvent('missed', {detail: 'train'}))")
+            page.wait_console("anew: train")
 
     def test_from_genie(self) -> None:
         with self.start("From Genie"), WebSocketClient(self.url) as client:

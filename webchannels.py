@@ -19,7 +19,7 @@ browser client into the page, `broadcast()` pushes to every subscriber of a chan
 ask `params()`, or take what they need by name: `def echo(payload, client)`.
 
 The rooms of this file, in the order in which data flows: config, log, router, messages, http,
-websocket, connections, bus, app, default app, channels.js, demo.
+websocket, connections, history, bus, app, default app, channels.js, demo.
 """
 
 # Copyright (c) 2026 webchannels contributors
@@ -85,15 +85,15 @@ import weakref
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence, TypeVar, Union
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Sequence, TypeVar, Union
 
 __version__ = "1.1.0.dev0"
 __all__ = [
     "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
     "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
-    "connected_clients", "disconnected_clients", "down", "on_connect", "on_disconnect", "params",
-    "route", "serve", "static", "subscribe", "subscriptions", "unsubscribe", "unsubscribe_client",
-    "unsubscribe_disconnected_clients", "up",
+    "connected_clients", "disconnected_clients", "down", "keep", "on_connect", "on_disconnect",
+    "params", "route", "serve", "static", "subscribe", "subscriptions", "unsubscribe",
+    "unsubscribe_client", "unsubscribe_disconnected_clients", "up",
 ]
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -136,6 +136,9 @@ class Config:
     shutdown_timeout: float = 5  # for handlers to finish and clients to close
     abandoned_timeout: float = 10  # for handlers whose client has left; they are cancelled
     disconnected_ttl: float = 60  # for which disconnected_clients() lists a client that left
+    kept_ttl: float = 86_400  # for which keep() keeps a message
+    max_kept: int = 16 * 1024 * 1024  # of what is kept of a channel, with what holds it in memory
+    max_kept_total: int = 64 * 1024 * 1024  # of all channels; past it, the least used are forgotten
     compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
     compression_threshold: int = 1024  # shorter messages are sent as they are
     json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
@@ -232,7 +235,7 @@ _SEGMENTS: dict[type, re.Pattern[str]] = {
     float: re.compile(r"-?[0-9]{1,300}(\.[0-9]{1,300})?"),
     str: re.compile(r"[^/]+"),  # %2F must not get past what guards `/a/:b`
 }
-Found = tuple[dict[str, "Endpoint"], tuple[Any, ...]]  # by method; the values in the path
+Found = tuple[dict[str, Any], tuple[Any, ...]]  # by method; the values in the path
 
 
 def _parse_segment(segment: str) -> tuple[str, type]:
@@ -343,7 +346,7 @@ def split_path(path: str) -> list[str]:
 
 
 class Router:
-    """Maps paths such as `/a/:name` and `/a/:n::int` to endpoints, for routes and for channels.
+    """Maps paths such as `/a/:name` and `/a/:n::int`: for routes, for channels, for what is kept.
 
     Static paths are one dict look-up, others are found in a tree by segments. Static segments win
     over typed ones, int over float over str. Each method under a path may have its own endpoint.
@@ -353,13 +356,13 @@ class Router:
         self._static: dict[str, Found] = {}
         self._tree: dict[Any, Any] = {}  # by segment or type; the endpoints are under None
 
-    def add(self, path: str, endpoint: Endpoint, method: str = "") -> None:
+    def add(self, path: str, endpoint: Any, method: str = "") -> None:
         """Register `endpoint` in place of any that is there."""
         node = self._tree
         for part in path.split("/")[1:]:
             node = node.setdefault(_parse_segment(part)[1] if part[:1] == ":" else part, {})
         endpoints = node[None] = {**node.get(None, {}), method: endpoint}  # seen as a whole
-        if not endpoint.path_names:
+        if "/:" not in path:
             self._static[path] = (endpoints, ())
 
     def find(self, path: str, decode: bool = False) -> Found | None:
@@ -1180,11 +1183,14 @@ _BYTES = (bytes, bytearray, memoryview)
 class Push:
     """A message to clients: checked once, and encoded once for each dialect."""
 
+    __slots__ = ("_bodies", "_frames", "_opcode", "_threshold", "number")
+
     def __init__(self, settings: Config, channel: str, message: str | bytes,
                  payload: Any = _NO_PAYLOAD) -> None:
         """Raises TypeError or ValueError for what cannot be sent."""
         self._threshold = settings.compression_threshold
         self._frames: dict[Dialect, bytes] = {}
+        self.number = 0  # among what is kept of the channel; webchannels.v1 has it in its envelope
         fields = f'"channel":{_quote(channel)}'
         if isinstance(message, str):
             fields += f',"message":{_quote(message)}'
@@ -1211,6 +1217,9 @@ class Push:
         if frame is None:
             body, bits = self._bodies[dialect[0]], dialect[1]
             same = (body is self._bodies[True], bits)  # with a payload, both bodies are one
+            if self.number:
+                same = dialect
+                body = add_fields(body, b'"n":%d' % self.number) if dialect[0] else body
             frame = self._frames.get(same) or encode_message(
                 self._opcode, body, bits, self._threshold)
             self._frames[same] = self._frames[dialect] = frame
@@ -1225,6 +1234,11 @@ def encode_envelope(fields: str, payload: Any,
     if payload is not _NO_PAYLOAD:
         fields += f',"payload":{dump_json(payload, default)}'
     return TEXT, to_utf8(f"{{{fields}}}")
+
+
+def add_fields(body: bytes, fields: bytes) -> bytes:
+    """An envelope with more fields, which come first."""
+    return b"{%b,%b" % (fields, body[1:])
 
 
 def check_size(settings: Config, body: bytes) -> None:
@@ -1307,7 +1321,10 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         """The transport has room again."""
         self._behind = False
-        if self._app._loop:  # not now: it may close the transport, which is writing
+        self._work_soon()  # not now: it may close the transport, which is writing
+
+    def _work_soon(self) -> None:
+        if self._app._loop:
             # In the context of what was written, a handler's, whatever reads would keep it.
             self._app._loop.call_soon(self._work, context=self._app._context.copy())
 
@@ -1574,8 +1591,8 @@ class ChannelClient(Connection):
     Example: def who(client: ChannelClient): return client.address
     """
 
-    __slots__ = ("_begun", "_corked", "_dialect", "_frames", "_held", "_pending", "_queue",
-                 "_queued", "_silence", "address", "channels", "connected", "data", "id",
+    __slots__ = ("_asks", "_begun", "_corked", "_dialect", "_frames", "_held", "_pending", "_queue",
+                 "_queued", "_reads", "_silence", "address", "channels", "connected", "data", "id",
                  "request")
 
     def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
@@ -1598,6 +1615,8 @@ class ChannelClient(Connection):
         self._queued = 0
         self._corked = False
         self._behind = True
+        self._asks: tuple[str, Any] | None = None  # for what channel, and since when, just now
+        self._reads: dict[str, Kept] | None = None  # what it must get before it gets what is live
         # Life and death. The sweep looks at these.
         self._silence = 0.0  # seconds for which nothing was heard, while we listened
         self._begun = 0  # the frame that began what the deadline is for
@@ -1712,6 +1731,8 @@ class ChannelClient(Connection):
                 if kind == TEXT or kind == BINARY or kind == HELD:
                     if not self._done:
                         app._message(self, content.decode() if kind == HELD else content)
+                        if not self._task:
+                            self._asks = None
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s %s", self, *content)
                     self._close(*content)
@@ -1734,6 +1755,8 @@ class ChannelClient(Connection):
                                  for event in pending[new:]]
             self._corked = False
             self._flush()
+        if self._reads:
+            self._read_on(self._reads)
         if pending or self._task or self._behind:
             return
         self._held = 0  # all that arrived is handled
@@ -1763,6 +1786,9 @@ class ChannelClient(Connection):
         opcode = TEXT
         if v1 and ref is not None:
             opcode, body = encode_envelope(f'"ref":{ref}', result, settings.json_default)
+            kept = self._app._history.kept.get(channel) if self._asks else None
+            if kept and kept.knows(self):
+                body = add_fields(body, kept.tell(self))  # it confirms a subscription
         elif isinstance(result, str) and not v1:
             body = to_utf8(result)
         elif isinstance(result, _BYTES) and not v1:
@@ -1789,6 +1815,7 @@ class ChannelClient(Connection):
             except BaseException as error:
                 if not (abandoned and isinstance(error, asyncio.CancelledError)):
                     self._fail(origin, error)
+            self._asks = None
             self._work()
         self._task = result
         result.add_done_callback(done)
@@ -1824,6 +1851,20 @@ class ChannelClient(Connection):
                 self._flush()
         elif self._transport and not self._transport.is_closing():  # and the queue is empty
             self._transport.write(frame)
+
+    def _read_on(self, reads: dict[str, Kept]) -> None:
+        """Send what is kept, but no more than the peer reads; it is never too slow for that."""
+        for channel, kept in [*reads.items()]:
+            if self._behind or self._done:
+                break
+            if (kept.readers[self].at is None and kept.fetching  # nobody knows where it is
+                    or self._task and self._asks and self._asks[0] == channel):
+                continue  # the confirmation comes first
+            self._write(kept.read(self))
+            if self in kept.readers:
+                self._app._line_up(self)
+            else:
+                del reads[channel]
 
     def _flush(self) -> None:
         if self._behind and (self._queued <= self._app.config.max_send_buffer or self._done):
@@ -1908,10 +1949,308 @@ class ChannelClient(Connection):
                 self._write(encode_frame(PING, b""))
 
 
+# ------------------------------------------------------------------------------------ history
+
+_SINCE = re.compile(r"([0-9a-f]{1,32})\.([0-9]{1,15})")  # a position: epoch and number
+_WEIGHT = 500  # bytes, about, of what holds a message in memory
+_REMEMBERED = 10  # times config.kept_ttl: then the position in a channel without use is forgotten
+
+
+@dataclass
+class Rule:
+    """What `keep()` was told."""
+
+    count: int
+    rewind: bool
+
+
+class Message(NamedTuple):
+    """A broadcast that is kept."""
+
+    push: Push
+    came: float  # when, by time.monotonic()
+    without: set[str]  # the ids of those who do not see it
+    shown: int  # who joined before this number saw it at once: Redis was away
+    weight: int  # bytes, about, with its frames
+
+
+class Reader:
+    """Where a subscriber is that must get what is kept before it gets what is live."""
+
+    __slots__ = ("at", "missed", "since", "told")
+
+    def __init__(self, since: Any = None, at: int | None = None) -> None:
+        self.since = since  # where it says it was: anyone may forge it; None: it is new
+        self.at = at  # the number of the last message that it got, when that is known
+        self.missed, self.told = False, at is not None  # does it know where it is?
+
+
+def new_epoch() -> str:
+    """Under it, numbers mean what they mean nowhere else."""
+    return secrets.token_hex(4)
+
+
+def parse_position(since: Any) -> tuple[str, int]:
+    """Epoch and number; or an epoch that none is."""
+    match = _SINCE.fullmatch(since) if isinstance(since, str) else None
+    return (match[1], int(match[2])) if match else ("", 0)
+
+
+class Kept:
+    """What is kept of a channel. Numbers have no gap; others than its own have another epoch."""
+
+    def __init__(self, channel: str, rule: Rule) -> None:
+        self.channel, self.rule = channel, rule
+        self.epoch = new_epoch()
+        self.last = 0  # the number of the last message; those that are kept are the last ones
+        self.messages: collections.deque[Message] = collections.deque()
+        self.weight = 2 * _WEIGHT
+        self.used = time.monotonic()  # when it was last sent to, or its last subscriber left
+        self.readers: dict[ChannelClient, Reader] = {}
+        # With Redis, which numbers:
+        self.fetching = 0  # the number of the fetch that is under way
+        self.heard = 0  # the first number that came meanwhile
+        self.behind = False  # is there more than it will bring?
+        self.joined: dict[ChannelClient, int] = {}  # the number of our broadcasts until then
+        self.shown: set[int] = set()  # those of our broadcasts that were seen without a number
+        self.ours = 0  # the last of our broadcasts that came back
+
+    def follow(self, client: ChannelClient, reader: Reader) -> None:
+        """From now on it gets what is kept."""
+        if reader.at is None and not self.fetching:
+            self.place(reader)
+        self.readers[client] = reader
+        client._reads = client._reads or {}
+        client._reads[self.channel] = self
+
+    def place(self, reader: Reader) -> int:
+        """Who has missed something begins as if new: it cannot tell what it has from the rest."""
+        before, reader.told = self.last - len(self.messages), False
+        epoch, number = parse_position(reader.since)
+        if epoch == self.epoch and before <= number <= self.last:
+            reader.at = number
+        else:
+            last = self.heard - 1 if self.heard else self.last
+            reader.at = before if self.rule.rewind else max(before, last)
+            reader.missed = reader.since is not None
+        return reader.at
+
+    def knows(self, client: ChannelClient) -> bool:
+        """Where it is?"""
+        reader = self.readers.get(client)
+        return reader.at is not None if reader else self.channel in client.channels
+
+    def tell(self, client: ChannelClient) -> bytes:
+        """The members of a JSON object that tell a subscriber where it is."""
+        reader = self.readers.get(client) or Reader(at=self.last)
+        reader.told = True
+        missed = ',"missed":true' if reader.missed else ""
+        return to_utf8(f'"channel":{_quote(self.channel)},"at":"{self.epoch}.{reader.at}"{missed}')
+
+    def read(self, client: ChannelClient) -> bytes:
+        """The next frames for a subscriber, which after the last of them gets what is live."""
+        reader = self.readers[client]
+        before = self.last - len(self.messages)
+        at = self.place(reader) if reader.at is None else reader.at
+        if at < before:  # it was too slow
+            reader.since = f"{self.epoch}.{at}"
+            at = self.place(reader)
+        frames = []
+        if client._dialect[0] and not reader.told:
+            frames.append(encode_frame(TEXT, b"{%b}" % self.tell(client)))
+        size = 0
+        for message in itertools.islice(self.messages, at - before, None):
+            reader.at = message.push.number
+            frames.append(self.frame(client, message))
+            size += len(frames[-1])
+            if size > _READ_AHEAD:
+                break
+        if reader.at == self.last:
+            del self.readers[client]
+        return b"".join(frames)
+
+    def frame(self, client: ChannelClient, message: Message) -> bytes:
+        """What a subscriber gets of a message: itself, or only its number."""
+        if client.id not in message.without and message.shown <= self.joined.get(client, 0):
+            return message.push.frame(client._dialect)
+        number = f'{{"n":{message.push.number},"channel":{_quote(self.channel)}}}'
+        return encode_frame(TEXT, to_utf8(number)) if client._dialect[0] else b""
+
+
+class History:
+    """What is kept of all channels of an app."""
+
+    def __init__(self, app: WebChannels) -> None:
+        self._app = app
+        self._rules: Router | None = None  # if there are any
+        self.kept: dict[str, Kept] = {}
+        self._weight = 0  # of all, in bytes
+
+    def keep(self, channel: str, rule: Rule) -> None:
+        """As `WebChannels.keep()`."""
+        self._rules = self._rules or Router()
+        self._rules.add(f"/{channel}", rule)
+        for kept in [*self.kept.values()]:
+            kept.rule = self.rule(kept.channel) or kept.rule
+
+    def rule(self, channel: str) -> Rule | None:
+        """How the channel is kept, if it is."""
+        found = self._rules and self._rules.find(f"/{channel}")
+        return found[0][""] if found else None
+
+    def find(self, channel: str) -> Kept | None:
+        """What is kept of the channel, from now on; None if nothing is to be."""
+        kept = self.kept.get(channel)
+        if kept is None and self._rules and (rule := self.rule(channel)):
+            kept = self.kept[channel] = Kept(channel, rule)
+            self._weight += kept.weight
+            self._app._begin_to_keep(kept)
+        return kept
+
+    def clear(self) -> list[Kept]:
+        """Let go of all; return what it was."""
+        every = [*self.kept.values()]
+        self.kept.clear()
+        self._weight = 0
+        return every
+
+    def add(self, kept: Kept, push: Push, without: set[str], age: float = 0,
+            shown: int = 0) -> Message:
+        """Number a broadcast, and keep it."""
+        kept.last = push.number = kept.last + 1
+        kept.used = time.monotonic()
+        weight = _WEIGHT + push.size()  # about: a body and a frame
+        message = Message(push, kept.used - age, without, shown, weight)
+        kept.messages.append(message)
+        kept.weight += weight
+        self._weight += weight
+        self.trim(kept)
+        if self._weight > self._app.config.max_kept_total:
+            self._make_room()
+        return message
+
+    def jump(self, kept: Kept, epoch: str, last: int) -> None:
+        """What comes next does not follow what is here: who had that is behind."""
+        for client in kept.joined:
+            reader = kept.readers.get(client) or Reader(at=kept.last)
+            if reader.told:
+                reader.since, reader.at = f"{kept.epoch}.{reader.at}", None
+                kept.follow(client, reader)
+        self._empty(kept)
+        kept.epoch, kept.last = epoch, last
+
+    def trim(self, kept: Kept) -> None:
+        """Let go of what is past the bounds."""
+        settings, messages = self._app.config, kept.messages
+        count, oldest = kept.rule.count, time.monotonic() - settings.kept_ttl
+        if kept.weight > settings.max_kept and len(messages) <= count:
+            logger.warning("config.max_kept does not suffice to keep %d messages of a channel such "
+                           "as %r", count, kept.channel)
+        while messages and (len(messages) > count or messages[0].came < oldest
+                            or kept.weight > settings.max_kept):
+            weight = messages.popleft().weight
+            kept.weight -= weight
+            self._weight -= weight
+
+    def _make_room(self) -> None:
+        limit = self._app.config.max_kept_total
+        logger.warning("config.max_kept_total is reached: the channels used least are not kept")
+        for kept in sorted(self.kept.values(), key=lambda each: each.used):
+            if self._weight > limit - limit // 8:
+                self.forget(kept)
+
+    def _empty(self, kept: Kept) -> None:
+        self._weight -= kept.weight - 2 * _WEIGHT
+        kept.weight = 2 * _WEIGHT
+        kept.messages.clear()
+
+    def forget(self, kept: Kept) -> None:
+        """Let go of all messages; of the position, too, if nobody needs it."""
+        self._empty(kept)
+        if self._app._end_keeping(kept):
+            del self.kept[kept.channel]
+            self._weight -= kept.weight
+
+    def sweep(self) -> None:
+        """Let go of what is old."""
+        unused = time.monotonic() - _REMEMBERED * self._app.config.kept_ttl
+        for kept in [*self.kept.values()]:
+            self.trim(kept)
+            if kept.used < unused:
+                self.forget(kept)
+
+
 # ---------------------------------------------------------------------------------------- bus
 
 _PATIENCE = 5.0  # seconds for Redis to answer
 _RETRY = 0.5  # seconds: the longest pause before it is tried again
+# Numbers and keeps a broadcast, and publishes it. A channel's key is a list of what is kept. Before
+# the line feed of each are epoch.number, a time in milliseconds, and the size of all until then.
+_HEADER = """
+local key, time = KEYS[1], redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local function header(entry)
+  return string.match(entry or '', '^#(%w+)%.(%d+) (%d+) (%d+)\\n()')
+end
+local last = redis.call('LINDEX', key, -1)
+local epoch, number, _, total = header(last)
+"""
+_KEEP = _HEADER + """
+local data, fresh, ttl, forget, count, most, again = unpack(ARGV)
+if again + 0 > 0 then  -- seconds since it was sent, without an answer
+  for _, entry in ipairs(redis.call('LRANGE', key, 0, -1)) do
+    local _, _, _, _, start = header(entry)
+    if string.sub(entry, start) == data then return redis.status_reply('KEPT') end
+  end
+  local _, _, oldest = header(redis.call('LINDEX', key, 0))
+  if redis.call('LLEN', key) >= count + 0 and oldest + 0 > now - again * 1000 then
+    return redis.status_reply('LOST')
+  end
+end
+number = (number or 0) + 1
+total = (total or 0) + #data + 100
+local entry = string.format('#%s.%d %d %d\\n', epoch or fresh, number, now, total) .. data
+redis.call('RPUSH', key, entry)
+while redis.call('LLEN', key) > 1 do
+  local oldest = redis.call('LINDEX', key, 0)
+  local _, _, came, size = header(oldest)
+  local kept = total - size + #oldest
+  local many = redis.call('LLEN', key) > count + 0
+  if not many and kept <= most + 0 and now - came <= ttl + 0 then break end
+  redis.call('LPOP', key)
+end
+redis.call('EXPIRE', key, forget)
+redis.call('PUBLISH', key, entry)
+return redis.status_reply('KEPT')
+"""
+# What is kept behind a position, at most about 1 MiB, in a row as if it was published, but with its
+# age and `id` at its head; then one that is empty, at whose head is whether there is more.
+_FETCH = _HEADER + """
+local id, after, at, fresh, ttl, forget = unpack(ARGV)
+if not last then
+  epoch, number = fresh, 0
+  redis.call('RPUSH', key, string.format('#%s.0 %d 0\\n', epoch, now))
+  redis.call('EXPIRE', key, forget)
+end
+local reply, size, more, reached = {}, 0, 0, number
+local _, first = header(redis.call('LINDEX', key, 0))
+local start = epoch == after and math.max(at + 1 - first, 0) or 0
+for _, entry in ipairs(redis.call('LRANGE', key, start, -1)) do
+  local _, n, came, _, from = header(entry)
+  if size > 1048576 then more = 1 break end
+  reached = n
+  if n + 0 > 0 and now - came <= ttl + 0 then
+    local age = string.format('=%s.%d %d %d\\n', epoch, n, math.max(now - came, 0), id)
+    for _, each in ipairs({'message', key, age .. string.sub(entry, from)}) do
+      reply[#reply + 1] = each
+    end
+    size = size + #entry
+  end
+end
+local last = string.format('=%s.%d %d %d\\n', epoch, reached, more, id)
+for _, each in ipairs({'message', key, last}) do reply[#reply + 1] = each end
+return reply
+"""
 _RESP = re.compile(rb"\$(\d{1,10})\r\n|[+:_#,*%~>][^\r\n]*\r\n")  # no errors, which begin with "-"
 
 
@@ -1920,10 +2259,13 @@ class Bus:
 
     The app calls these methods in its event loop; they must not block it. What other processes
     publish they hand to `self.deliver(channel, data)`, from any thread; what comes back of their
-    own is ignored there. This one carries nothing: a process by itself. Example: config.bus = Bus()
+    own is ignored there. When something may have been lost, because they were away, they call
+    `self.missed()`, from any thread: the pages are told, on channels that are kept. This one
+    carries nothing: a process by itself. Example: config.bus = Bus()
     """
 
     deliver: Callable[[str, bytes], None]
+    missed: Callable[[], None]
 
     async def start(self) -> None:
         """Connect. What this raises, `up()` raises. Example: await bus.start()"""
@@ -1938,10 +2280,19 @@ class Bus:
         """Has the channel subscribers here, from now on? Example: bus.listen("room", True)"""
 
 
+class Command(NamedTuple):
+    """What is to be sent to Redis."""
+
+    data: bytes
+    show: Callable[[], Any] | None = None  # to our own pages, what is to be kept
+    came: float = 0  # when, by time.monotonic()
+
+
 class RedisBus(Bus):
     """Redis 6 or later: with RESP3 one connection can publish and subscribe.
 
-    While it is away, the last `limit` bytes of broadcasts are held. What was under way may be lost.
+    While it is away, the last `limit` bytes of broadcasts are held. What was under way may be lost,
+    but not what is to be kept: to that, Redis gives an answer.
     """
 
     def __init__(self, url: str, limit: int) -> None:
@@ -1962,8 +2313,12 @@ class RedisBus(Bus):
 
     async def start(self) -> None:
         self._channels: set[bytes] = set()  # by their names at Redis
-        self._queue: collections.deque[bytes] = collections.deque()
-        self._held, self._ready = 0, True
+        self._queue: collections.deque[Command] = collections.deque()
+        self._keeps: collections.deque[Command] = collections.deque()  # those that have a `show`
+        self._sent: collections.deque[Command] = collections.deque()  # of these, without an answer
+        self._fetches: dict[int, list[bytes]] = {}  # the words of commands, by numbers
+        self._ids = itertools.count(1)
+        self._held, self._ready, self._away = 0, True, False
         await self._connect()
         self._keeping = asyncio.ensure_future(self._keep())
 
@@ -1974,15 +2329,53 @@ class RedisBus(Bus):
         self._abort()
 
     def publish(self, channel: str, data: bytes) -> None:
-        if not self._queue:
+        self._put(Command(_command(b"PUBLISH", self._name(channel), data)))
+
+    def keep(self, channel: str, data: bytes, count: int, settings: Config,
+             show: Callable[[], Any]) -> None:
+        """Have Redis number, keep and publish it; `show` it to our own pages if Redis is away."""
+        words = [data, *_times(settings), b"%d" % count, b"%d" % settings.max_kept, b"%08d" % 0]
+        command = _command(b"EVAL", _KEEP.encode(), b"1", self._name(channel), *words)
+        self._put(Command(command, show, time.monotonic()))
+
+    def fetch(self, channel: str, epoch: str, number: int, settings: Config) -> int:
+        """Have all delivered that is kept behind this position; with an id, which it returns."""
+        id = next(self._ids)
+        where = [b"%d" % id, epoch.encode(), b"%d" % number]
+        self._fetches[id] = [b"EVAL", _FETCH.encode(), b"1", self._name(channel), *where,
+                             *_times(settings)]
+        if len(self._fetches) == 1:  # one at a time: it may be much
+            self._write(*self._fetches[id])
+        return id
+
+    def fetched(self, id: int) -> None:
+        """That was all: the next, please."""
+        self._fetches.pop(id, None)
+        for words in [*self._fetches.values()][:1]:
+            self._write(*words)
+
+    def _put(self, command: Command) -> None:
+        if not self._held:
             asyncio.get_running_loop().call_soon(self._write)
-        self._queue.append(_command(b"PUBLISH", self._name(channel), data))
-        self._held += len(self._queue[-1])
+        queue = self._keeps if command.show else self._queue
+        queue.append(_shown(command) if self._away else command)
+        self._held += len(command.data)
         if self._held > _READ_AHEAD:
             self._write()
         while self._held > self._limit:
-            self._held -= len(self._queue.popleft())
+            oldest = self._queue or self._keeps
+            self._held -= len(oldest.popleft().data)
             logger.warning("the oldest broadcast that waited for Redis is dropped")
+
+    def _lose(self) -> None:
+        """What Redis has not answered is sent again, with the time for which it waits."""
+        self._abort()
+        self._ready, now = False, time.monotonic()
+        for each in reversed(self._sent):
+            data = b"%b%08d\r\n" % (each.data[:-10], now - each.came + 1)
+            self._keeps.appendleft(each._replace(data=data))
+            self._held += len(data)
+        self._sent.clear()
 
     def listen(self, channel: str, wanted: bool) -> None:
         (self._channels.add if wanted else self._channels.discard)(self._name(channel))
@@ -1996,10 +2389,14 @@ class RedisBus(Bus):
         if not self._writer or self._writer.transport.is_closing():
             return
         unsent = self._writer.transport.get_write_buffer_size()
-        if self._queue and self._ready and unsent < behind:
-            self._writer.write(b"".join(self._queue))
-            self._queue.clear()
-            self._held = 0
+        if self._held and unsent < behind and not self._reading.done():
+            due = [*self._keeps, *(self._queue if self._ready else ())]
+            self._writer.write(b"".join([each.data for each in due]))
+            self._held -= sum([len(each.data) for each in due])
+            self._sent += self._keeps
+            self._keeps.clear()
+            if self._ready:
+                self._queue.clear()
         if command:
             self._writer.write(_command(*command))
 
@@ -2037,16 +2434,24 @@ class RedisBus(Bus):
                 self._write(b"PING")
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
                            *self._where, self._reading.result(), self._limit, extra=ALWAYS)
-            self._ready, pause = False, _RETRY / 8
-            while not self._ready:
-                self._abort()
+            pause = _RETRY / 8
+            while not self._ready or self._reading.done():
+                self._lose()
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, _RETRY)
-                with contextlib.suppress(ConnectionError):
+                try:
                     await self._connect()
-                    # What is held waits until the other processes are back, too.
-                    await asyncio.wait([self._reading], timeout=2 * _RETRY)
-                    self._ready = not self._reading.done()
+                except ConnectionError:  # until it is back, our own pages see all at once
+                    self._away = True
+                    self._keeps = collections.deque(map(_shown, self._keeps))
+                    continue
+                self._away = False
+                self._fetches.clear()
+                self.missed()
+                self._write()
+                # What is not to be kept waits until the other processes are back, too.
+                await asyncio.wait([self._reading], timeout=2 * _RETRY)
+                self._ready = True
             logger.warning("Redis at %s:%d is back", *self._where, extra=ALWAYS)
             self._write()
 
@@ -2065,7 +2470,13 @@ class RedisBus(Bus):
                         break
                     at = end
                     words = [*words[-2:], data[start:end - 2]] if match[1] else []
-                    if len(words) == 3 and words[0] == b"message" and words[1] in self._channels:
+                    if match[0] in (b"+KEPT\r\n", b"+LOST\r\n") and self._sent:
+                        self._sent.popleft()
+                        if match[0] == b"+LOST\r\n":
+                            logger.warning("a broadcast was under way when Redis was lost, and so "
+                                           "many came after it: it may be missing")
+                    if (len(words) == 3 and words[0] == b"message"
+                            and (words[1] in self._channels or words[2][:1] == b"=")):
                         name = words[1][len(self._prefix):].decode("utf-8", "surrogatepass")
                         self.deliver(name, words[2])
                 data = data[at:]
@@ -2078,6 +2489,23 @@ class RedisBus(Bus):
         if self._writer:
             self._writer.transport.abort()
         self._writer = None
+
+
+def _shown(command: Command) -> Command:
+    """It was seen by our own pages; `show` is True in the end, but does nothing any more."""
+    if command.show:
+        command.show()
+    return command._replace(show=command.show and _do_nothing)
+
+
+def _do_nothing() -> None:
+    pass
+
+
+def _times(settings: Config) -> list[bytes]:
+    """For a script: the epoch of a new channel; the time to keep in ms, and to remember in s."""
+    kept = min(settings.kept_ttl, 1e8)
+    return [new_epoch().encode(), b"%d" % (kept * 1000), b"%d" % max(_REMEMBERED * kept, 1)]
 
 
 def _command(*words: bytes) -> bytes:
@@ -2097,6 +2525,8 @@ _HOLD = 0.02  # seconds after the last call, from which on a handler seems to ho
 _LONG_CALL = 0.5  # the same within a call, such as one to send to thousands: it may want a lock
 _STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
 _HELD = f"a handler has held the event loop for {_STUCK:.0f} s, or the loop was stopped"
+# The head of what Redis has numbered: epoch, number, time or age in ms, size or id.
+_NUMBERED = re.compile(rb"([#=])([0-9a-f]+)\.([0-9]+) ([0-9]+) ([0-9]+)\n")
 _MESSAGE_NAMES = {"payload", "client", "request", "channel", "message"}
 _CLIENT_NAMES = {"client", "request"}
 Clients = Union[ChannelClient, str, Iterable[Union[ChannelClient, str]]]
@@ -2183,6 +2613,7 @@ class WebChannels:
         # The segments of a prefix, and what serves its folder; long prefixes first.
         self._folders: list[tuple[tuple[str, ...], dict[str, Endpoint]]] = []
         self._open: set[str] = set()  # channels that anyone may subscribe to
+        self._history = History(self)
         self._on_connect: list[Endpoint] = []
         self._on_disconnect: list[Endpoint] = []
         self._lock = threading.Lock()  # of the start
@@ -2218,6 +2649,8 @@ class WebChannels:
         self._freed = False  # may the system get memory back?
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
+        self._redis: RedisBus | None = None  # the same, if it numbers what is kept
+        self._serial = 0  # of the last broadcast that Redis was to keep
         self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
 
     # What a program registers.
@@ -2366,6 +2799,22 @@ class WebChannels:
             kind = "text/javascript; charset=utf-8"
             self.route(path, lambda: Response(CHANNELS_JS, content_type=kind))
 
+    def keep(self, channel: str, count: int = 100, *, rewind: bool = True) -> None:
+        """Keep the last `count` broadcasts of a channel: a page that was away gets what it missed.
+
+        With `rewind`, a page that is new gets what is kept. `channel` may have names in it, as in
+        `route()`: each channel that matches is kept by itself. Calling it again changes the count.
+        The bounds are `config.max_kept`, `config.max_kept_total` and `config.kept_ttl`. What a page
+        is told if it cannot have all is in the README. Raises TypeError or ValueError for a bad
+        channel or count. Example: keep("rooms/:room", 50)
+        """
+        check_name(channel)
+        if not isinstance(count, int):
+            raise TypeError(f"the count of messages to keep is an int, not {count!r}")
+        if count < 1:
+            raise ValueError(f"at least 1 message is kept, not {count}")
+        self._history.keep(channel, Rule(count, rewind))
+
     # The registry.
 
     def broadcast(self, channels: str | Iterable[str], message: str | bytes,
@@ -2385,7 +2834,7 @@ class WebChannels:
         names = [channels] if isinstance(channels, str) else list(channels)
         for name in names:
             check_name(name)
-            if not (name in self._subscribers or self._bus
+            if not (name in self._subscribers or self._bus or self._history.rule(name)
                     or self._thread and (name in self._open or self._guarded(name))):
                 logger.warning("broadcast() to %r, where nobody can be: first come up(), and "
                                "channels_support(%r) or a handler of /%s/subscribe", *3 * [name])
@@ -2394,22 +2843,46 @@ class WebChannels:
         if self._here():
             return self._context.copy().run(self._spread, pushes, without, among)
         count = sum(len(self._meant(name, without, among)) for name in names)
-        if not (count or self._bus):
+        kept = among is None and any(map(self._history.rule, names))
+        if not (count or self._bus or kept):
             return False
         size = sum(push.size() for _, push in pushes) + 10 * count  # with a place in each queue
         spread = functools.partial(self._spread, pushes, without, among)
-        return self._give(spread, size) and count > 0
+        given = self._give(spread, size)
+        if kept and not given:
+            with self._lock:  # nobody serves, or will begin to
+                spread()
+        return given and count > 0
 
     def _spread(self, pushes: list[tuple[str, Push]], without: set[str],
                 among: set[str] | None) -> bool:
         there = False
         for name, push in pushes:
-            there = self._send(name, push, without, among) or there
+            rule = self._history.rule(name) if self._redis and among is None else None
+            if rule is None:
+                there = self._hand_out(name, push, without, among) or there
             if self._bus:  # a line of JSON; then what clients of webchannels.v1 get
-                head = dump_json([push._opcode, [*without], None if among is None else [*among]])
-                body = push._bodies[True]
-                self._bus.publish(name, b"%b%b\n%b" % (self._name, head.encode(), body))
+                head: list[Any] = [push._opcode, [*without], None if among is None else [*among]]
+                if rule:
+                    self._serial += 1
+                    head.append(self._serial)
+                data = b"%b%b\n%b" % (self._name, dump_json(head).encode(), push._bodies[True])
+                if rule and self._redis:  # it comes back to our own pages, too
+                    there = bool(self._meant(name, without, None)) or there
+                    show = functools.partial(self._show, name, push, without, self._serial)
+                    self._redis.keep(name, data, rule.count, self.config, show)
+                else:
+                    self._bus.publish(name, data)
         return there
+
+    def _show(self, channel: str, push: Push, without: set[str], serial: int) -> None:
+        """Redis is away, and will number it later."""
+        kept = self._history.kept.get(channel)
+        if kept and serial > kept.ours:
+            kept.shown.add(serial)
+            for client in self._meant(channel, without, None):
+                if kept.joined.get(client, serial) < serial:
+                    client._push(push)
 
     def _meant(self, channel: str, without: set[str],
                among: set[str] | None) -> list[ChannelClient]:
@@ -2419,11 +2892,61 @@ class WebChannels:
                        and (among is None or client.id in among)]
         return clients
 
-    def _send(self, channel: str, push: Push, without: set[str], among: set[str] | None) -> bool:
+    def _hand_out(self, channel: str, push: Push, without: set[str],
+                  among: set[str] | None) -> bool:
+        """Send it to the subscribers here; keep it, if that is to be."""
         there = False
+        kept = self._history.find(channel) if among is None and not self._redis else None
+        if kept:
+            return self._hand_out_kept(kept, push, without)
         for client in self._meant(channel, without, among):
             there = client._push(push) or there
         return there
+
+    def _hand_out_kept(self, kept: Kept, push: Push, without: set[str], age: float = 0,
+                       shown: int = 0) -> bool:
+        there = False
+        channel = kept.channel
+        message = self._history.add(kept, push, without, age, shown)
+        for client in self._meant(channel, set(), None):
+            there = there or not client._done and client.id not in without
+            if client in kept.readers:
+                pass  # it will come to it
+            elif client._behind:  # better that than to fill its queue
+                kept.follow(client, Reader(at=kept.last - 1))
+            else:
+                client._write(kept.frame(client, message))
+        return there
+
+    def _begin_to_keep(self, kept: Kept) -> None:
+        """Hear of it also while nobody is subscribed; who is subscribed begins to read."""
+        subscribers = self._subscribers.get(kept.channel, ())
+        if self._bus and not subscribers:
+            self._bus.listen(kept.channel, True)
+        if self._redis:
+            kept.epoch = ""  # it has one there
+            self._fetch(kept)
+        for client in list(subscribers):
+            self._follow(kept, client, None)
+
+    def _follow(self, kept: Kept, client: ChannelClient, since: Any) -> None:
+        """A subscriber has come that was at `since`; None: it is new."""
+        if self._redis:
+            kept.joined[client] = self._serial
+            epoch, number = parse_position(since)
+            if epoch and (epoch != kept.epoch or number > kept.last):
+                kept.behind = True  # another process has told it more
+                if not kept.fetching:
+                    self._fetch(kept)
+        kept.follow(client, Reader(since))
+        client._work_soon()
+
+    def _end_keeping(self, kept: Kept) -> bool:
+        """False if there are subscribers."""
+        used = kept.channel in self._subscribers
+        if self._bus and not used:
+            self._unlisten(kept.channel)
+        return not used
 
     def _deliver(self, channel: str, data: bytes) -> None:
         """A broadcast came over the bus. From any thread, but without waiting: others may wait."""
@@ -2431,16 +2954,82 @@ class WebChannels:
             self._give(functools.partial(self._deliver, channel, data))
         elif not data.startswith(self._name):  # else it is our own
             try:
-                head, body = data[len(self._name):].split(b"\n", 1)
-                opcode, without, among = load_json(head.decode())
-                envelope = read_envelope(body if opcode == BINARY else body.decode())
-                if envelope is None or envelope["channel"] != channel:
-                    raise ValueError("not an envelope of this channel")
-                given = [envelope[each] for each in ("message", "payload") if each in envelope]
-                push = Push(self.config, channel, *given)
-                self._send(channel, push, set(without), None if among is None else set(among))
+                numbered = _NUMBERED.match(data) if self._redis else None
+                if numbered:
+                    self._deliver_kept(channel, numbered, data[numbered.end():])
+                else:
+                    push, without, among, _ = self._read_broadcast(channel, data)
+                    self._hand_out(channel, push, without, among)
             except (TypeError, ValueError) as error:
                 logger.warning("not a broadcast of ours, on channel %r: %s", channel, error)
+
+    def _read_broadcast(self, channel: str, data: bytes) -> tuple[
+            Push, set[str], set[str] | None, int]:
+        """What the bus has carried. Raises TypeError or ValueError for what is none."""
+        head, body = data[len(self._name):].split(b"\n", 1)
+        opcode, without, among, *serial = load_json(head.decode())
+        envelope = read_envelope(body if opcode == BINARY else body.decode())
+        if envelope is None or envelope["channel"] != channel:
+            raise ValueError("not an envelope of this channel")
+        given = [envelope[each] for each in ("message", "payload") if each in envelope]
+        push = Push(self.config, channel, *given)
+        return push, set(without), None if among is None else set(among), sum(serial)
+
+    def _deliver_kept(self, channel: str, numbered: re.Match[bytes], data: bytes) -> None:
+        """Redis has numbered it; it comes as it was broadcast ("#"), or since we fetched it."""
+        kept = self._history.find(channel) if channel in self._subscribers else None
+        epoch, number, age, id = numbered[2].decode(), *map(int, numbered.groups()[2:])
+        if numbered[1] == b"#":
+            if kept and kept.fetching:
+                kept.heard = kept.heard or number  # what is fetched will have it, too
+            elif kept and (epoch, number) != (kept.epoch, kept.last + 1):
+                self._fetch(kept)
+            elif kept:
+                self._keep(kept, data)
+            return
+        if kept and kept.fetching == id:
+            if epoch != kept.epoch or number > kept.last + bool(data):
+                self._history.jump(kept, epoch, number - bool(data))
+            if data and number == kept.last + 1:
+                self._keep(kept, data, age / 1000)
+        if not data and self._redis:
+            self._redis.fetched(id)
+            if kept and kept.fetching == id and (age or kept.behind):
+                self._fetch(kept)
+            elif kept and kept.fetching == id:
+                kept.fetching = 0
+                for client, reader in kept.readers.items():
+                    if reader.at is None:
+                        kept.place(reader)
+                    client._work_soon()
+
+    def _keep(self, kept: Kept, data: bytes, age: float = 0) -> None:
+        push, without, _, serial = self._read_broadcast(kept.channel, data)
+        shown = 0
+        if data.startswith(self._name):
+            kept.ours = serial
+            shown = serial if serial in kept.shown else 0
+            kept.shown.discard(serial)
+        self._hand_out_kept(kept, push, without, age, shown)
+
+    def _fetch(self, kept: Kept) -> None:
+        if self._redis:
+            kept.heard, kept.behind = 0, False
+            kept.fetching = self._redis.fetch(kept.channel, kept.epoch, kept.last, self.config)
+
+    def _missed(self) -> None:
+        """The bus was away: what others broadcast may be missing. From any thread."""
+        if not self._here():
+            self._give(self._missed)
+            return
+        for kept in [*self._history.kept.values()]:
+            if self._redis:
+                self._fetch(kept)
+                continue
+            kept.epoch = new_epoch()
+            for client in self._meant(kept.channel, set(), None):
+                kept.follow(client, Reader("missed"))
+                client._work_soon()
 
     # What reads it may run in any thread at any time: list() and copy() are atomic.
 
@@ -2476,10 +3065,15 @@ class WebChannels:
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
-            if channel not in self._subscribers and self._bus:
+            kept = self._history.find(channel)
+            if channel not in self._subscribers and self._bus and not kept:
                 self._bus.listen(channel, True)
             client.channels.add(channel)
             self._subscribers.setdefault(channel, {})[client] = None
+            if kept:
+                self._history.trim(kept)
+                asks, since = client._asks or ("", None)
+                self._follow(kept, client, since if asks == channel else None)
         return client.connected
 
     @_on_loop
@@ -2492,12 +3086,26 @@ class WebChannels:
         client.channels.discard(channel)
         subscribers = self._subscribers.get(channel, {})
         subscribers.pop(client, None)
-        if not subscribers and self._subscribers.pop(channel, None) is not None and self._bus:
-            try:
-                self._bus.listen(channel, False)
-            except Exception:  # the client is gone nevertheless
-                logger.exception("the bus did not let go of channel %r", channel)
+        kept = self._history.kept.get(channel)
+        if kept and subscribed:
+            kept.used = time.monotonic()
+            kept.readers.pop(client, None)
+            kept.joined.pop(client, None)
+            if client._reads:
+                client._reads.pop(channel, None)
+        if not subscribers and self._subscribers.pop(channel, None) is not None:
+            if kept is None:
+                self._unlisten(channel)
+            elif self._redis:  # which has it all
+                self._history.forget(kept)
         return subscribed
+
+    def _unlisten(self, channel: str) -> None:
+        try:
+            if self._bus:
+                self._bus.listen(channel, False)
+        except Exception:  # the client is gone nevertheless
+            logger.exception("the bus did not let go of channel %r", channel)
 
     @_on_loop
     def unsubscribe_client(self, client: ChannelClient) -> None:
@@ -2653,6 +3261,8 @@ class WebChannels:
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
+                if message == "subscribe":
+                    client._asks = channel, envelope.get("since")
             elif not bare and isinstance(data, bytes):
                 raise HTTPError(400, "A binary message is an envelope, a line feed, and bytes")
             found = self._channels.find(path)
@@ -2917,10 +3527,10 @@ class WebChannels:
             if self.config.redis_url and not bus:
                 bus = RedisBus(self.config.redis_url, 8 * self.config.max_send_buffer)
             if bus:
-                bus.deliver = self._deliver
+                bus.deliver, bus.missed = self._deliver, self._missed
                 await bus.start()
                 ending.push_async_callback(bus.stop)
-                self._bus = bus
+                self._begin_on(bus)
             await self._listen(*where)
             ending.callback(asyncio.ensure_future(self._sweep()).cancel)
             ending.push_async_callback(self._cut)
@@ -2941,12 +3551,26 @@ class WebChannels:
             if error:
                 raise error
 
+    def _begin_on(self, bus: Bus) -> None:
+        """From now on the bus carries broadcasts; what was kept until now is not all there was."""
+        self._bus, self._redis = bus, bus if isinstance(bus, RedisBus) else None
+        if self._redis:
+            for kept in self._history.clear():
+                for message in kept.messages:
+                    self._spread([(kept.channel, message.push)], message.without, None)
+            return
+        self._missed()
+        for channel in self._history.kept:
+            bus.listen(channel, True)
+
     def _finish(self) -> None:
         if self._handover:
             self._handover.end()
         sparing.tell_counts()
         for _ in range(self._idle):
             self._jobs.put(lambda: False)
+        if self._redis:
+            self._history.clear()
         self._reset()
 
     def _end(self, error: BaseException | None = None) -> None:
@@ -3038,12 +3662,13 @@ class WebChannels:
                 settings = self.config
                 times = (settings.handshake_timeout, settings.keep_alive_timeout, 4,
                          settings.ping_timeout, settings.ping_interval or 4,
-                         settings.disconnected_ttl)
+                         settings.disconnected_ttl, settings.kept_ttl)
                 pause = max(min(times) / 4, 0.02)
                 await asyncio.sleep(pause)
                 now = time.monotonic()
                 self._here()  # in case that a thread was interrupted before it could wake the loop
                 sparing.tell_counts(now)
+                self._history.sweep()
                 self._check(now, pause)
                 if self._freed and now >= trim_at:
                     self._freed, trim_at = False, now + _TRIM
@@ -3135,6 +3760,7 @@ class WebChannels:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._done.set()
+        self._history.clear()  # the parent goes on with its numbers
         self._reset()
 
 
@@ -3202,7 +3828,7 @@ if hasattr(os, "register_at_fork"):
 app = WebChannels()
 config, params, route, channel = app.config, app.params, app.route, app.channel
 on_connect, on_disconnect, up, serve = app.on_connect, app.on_disconnect, app.up, app.serve
-down, broadcast, subscriptions = app.down, app.broadcast, app.subscriptions
+down, broadcast, keep, subscriptions = app.down, app.broadcast, app.keep, app.subscriptions
 channels_support, channels_script, static = app.channels_support, app.channels_script, app.static
 connected_clients, disconnected_clients = app.connected_clients, app.disconnected_clients
 subscribe, unsubscribe, unsubscribe_client = app.subscribe, app.unsubscribe, app.unsubscribe_client
@@ -3239,6 +3865,7 @@ var WebChannels = (() => {
   const requests = new Map() // by ref: not answered yet
   // {channel, promise, resolve, reject, timer, failures (once confirmed)}
   const subscriptions = new Map() // by channel: what the page wants of each connection
+  const places = new Map() // by channel that is kept: 'epoch.number' of what the page has
 
   // ---- To the page: its listeners may open() or close() ----
   // False: a listener prevented it.
@@ -3312,10 +3939,14 @@ var WebChannels = (() => {
     if (data === '') return
     const end = data.byteLength && new Uint8Array(data).indexOf(10) // where its envelope ends
     const frame = JSON.parse(end ? new TextDecoder().decode(data.slice(0, end)) : data)
-    const { channel, message, ref, error } = frame
+    const { channel, message, ref, error, at, n } = frame
+    const place = places.get(channel)
+    if (n <= place?.split('.')[1]) return // it comes twice
+    if (at || n) places.set(channel, at || place?.replace(/\d+$/, n))
+    if (at && place && place !== at) emit('missed', channel)
     if (end) frame[channel && message == null ? 'message' : 'payload'] = data.slice(end + 1)
     const request = requests.get(ref) // if it is still wanted
-    if (!ref) error == null ? deliver(frame) : complain(frame)
+    if (!ref) error == null ? 'message' in frame && deliver(frame) : complain(frame)
     else if (error == null) request?.resolve(frame.payload)
     else request?.reject(Object.assign(Error(error), { name: 'ChannelError' }))
   }
@@ -3414,7 +4045,8 @@ var WebChannels = (() => {
     async request(channel, message, payload, { timeout = 30000, signal } = {}) {
       if (!(timeout > 0)) throw new RangeError(`a timeout is above 0 ms, not ${timeout}`)
       signal?.throwIfAborted()
-      const frame = framed({ channel, message, ref: ++lastRef }, payload)
+      const since = message === 'subscribe' ? places.get(channel) : undefined
+      const frame = framed({ channel, message, ref: ++lastRef, since }, payload)
       const timer = setTimeout(
         frame.reject, Math.min(timeout, 2e9), failure('No reply in time', 'TimeoutError'))
       const abort = () => frame.reject(signal?.reason)
