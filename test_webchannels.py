@@ -7359,6 +7359,23 @@ async def slow():
 up(int(sys.argv[1]))
 """
 
+COUNTING = """
+import os, sys, time
+from webchannels import *
+config.redis_url = sys.argv[2] or None
+keep("____", 100_000)
+route("/", lambda: "<script>got = []</script>" + channels_support() + '''<script>
+WebChannels.channel('/____/n', value => got.push(value))
+WebChannels.addEventListener('missed', () => got.push('missed'))
+Math.random = () => 0.05</script>''')
+print(up(int(sys.argv[1]), block=False), flush=True)
+number = 0
+while True:
+    broadcast("____", "n", [os.getpid(), number])
+    number += 1
+    time.sleep(0.005)
+"""
+
 NGINX = """
 pid {folder}/pid;
 error_log {folder}/log;
@@ -7598,6 +7615,55 @@ class InChromium(BrowserTest):
                              [*range(3 + 3 * 9 + 2), "end"])
             self.assertEqual(page.evaluate("got.length"), 3 + 3 * 9 + 4)
             self.assertEqual(page.errors, [])
+
+    def kill_and_start_again(self, times: int, redis: str) -> list[Any]:
+        """What a page has got after so many servers, which counted at 200/s, were killed."""
+        port, page = "0", self.page("about:blank")
+        for number in range(times + 1):
+            with Terminal(sys.executable, "-c", COUNTING, port, redis) as server:
+                port = server.expect(r"127\.0\.0\.1:(\d+)")[1]
+                if not number:
+                    page.navigate(f"http://127.0.0.1:{port}/")
+                    page.evaluate("last = 0")
+                page.wait_for("got.at(-1)?.[0] !== last", 40)
+                page.evaluate("length = got.length")
+                page.wait_for("got.length > length + 50")
+                page.evaluate("last = got.at(-1)[0]")
+                if number < times:
+                    server.stop((15, 9)[number % 2])
+                else:
+                    got: list[Any] = page.evaluate("got")
+        return got
+
+    def in_order(self, got: list[Any]) -> None:
+        """Each number of each process once, and none is left out."""
+        for process in dict.fromkeys(process for process, _ in got):
+            numbers = [number for each, number in got if each == process]
+            self.assertEqual(numbers, [*range(numbers[0], numbers[0] + len(numbers))])
+
+    def test_servers_are_killed_and_started_again(self, times: int = 3) -> None:
+        got = self.kill_and_start_again(times, "")
+        self.assertEqual(got.count("missed"), times)
+        for _ in range(times):
+            self.in_order(got[:got.index("missed")])
+            del got[:got.index("missed") + 1]
+        self.in_order(got)
+        self.assertEqual(got[0][1], 0)  # what is kept comes to it as to a new page
+
+    def test_servers_are_killed_and_started_again_with_redis(self, times: int = 3) -> None:
+        if not shutil.which("redis-server"):
+            self.skipTest("needs redis-server")
+        folder = tempfile.mkdtemp(prefix="webchannels-")
+        self.addCleanup(shutil.rmtree, folder, ignore_errors=True)
+        redis = Redis("--dir", folder)
+        self.addCleanup(redis.kill)
+        got = self.kill_and_start_again(times, f"redis://127.0.0.1:{redis.port}")
+        self.assertNotIn("missed", got)
+        self.in_order(got)
+        self.assertEqual({number for _, number in got[:1]}
+                         | {got[at][1] for at in range(1, len(got))
+                            if got[at][0] != got[at - 1][0]}, {0})
+        self.assertEqual(len({process for process, _ in got}), times + 1)
 
     def test_missed_comes_before_what_is_kept(self) -> None:
         with serve(self.app) as url:
@@ -8592,6 +8658,8 @@ PROGRAMS = {  # what becomes true in their pages
     "A progress bar for a long-running script": "document.querySelector('progress').value > 0",
     "A live chart of a sensor, or of a training loop":
         "values.length > 9 && pen.getImageData(0, 0, 800, 300).data.some(value => value)",
+    "The curve of a training loop, from the start":
+        "curve.points.length > 9 && [...curve.points].every((point, step) => point.x === step)",
     "Inside an asyncio program of your own":
         "document.querySelector('h1').textContent.includes(':')"}
 

@@ -4170,6 +4170,7 @@ const show = (arrow, frame = '') =>
 WebChannels.addEventListener('debug', e => { show('↑ ', e.detail.out); show('↓ ', e.detail.in) })
 WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
 WebChannels.subscribe('chat')
+WebChannels.addEventListener('missed', e => e.detail === 'chat' && chat.replaceChildren())
 WebChannels.channel('/chat/name', name => { me.textContent = name })
 WebChannels.channel('/chat/people', names => { people.textContent = names.join(', ') })
 WebChannels.channel('/chat/said', line => chat.append(line, '\n')) // as text, never as HTML
@@ -4196,6 +4197,8 @@ def demo_app() -> WebChannels:
     """The app behind `python3 webchannels.py`: a new one, so that importing registers nothing."""
     app = WebChannels()
     app.channel("/____/echo", lambda payload: payload)
+    app.keep("wave", 300)  # who comes sees the curve,
+    app.keep("chat", 50)  # and what was said
     template = DEMO_PAGE.replace("SUPPORT", app.channels_support("wave", nonce="NONCE"))
     said_at = 0.0
 
@@ -4208,7 +4211,8 @@ def demo_app() -> WebChannels:
 
     @app.on_disconnect
     def show_people() -> None:
-        app.broadcast("chat", "people", [one.data["name"] for one in app.connected_clients("chat")])
+        people = app.connected_clients("chat")
+        app.broadcast("chat", "people", [one.data["name"] for one in people], only=people)
 
     @app.channel("/chat/subscribe")
     def enter(client: ChannelClient) -> None:
