@@ -7099,6 +7099,8 @@ sys.stdin.read()
         sender = one.connected_clients()[0]
         for number in range(20):
             (one, two)[number % 2].broadcast("k", "m", number)
+        here.read_to(20)
+        there.read_to(20)
         self.assertFalse(one.broadcast("k", "m", "its own", exclude=sender))
         self.assertTrue(one.broadcast("k", b"bytes"))
         two.broadcast("k", "m", "not kept", only=sender)

@@ -2033,6 +2033,7 @@ class Kept:
             last = self.heard - 1 if self.heard else self.last
             reader.at = before if self.rule.rewind else max(before, last)
             reader.missed = reader.since is not None
+        reader.since = None  # it may be long
         return reader.at
 
     def knows(self, client: ChannelClient) -> bool:
@@ -2085,6 +2086,7 @@ class History:
         self._rules: Router | None = None  # if there are any
         self.kept: dict[str, Kept] = {}
         self._weight = 0  # of all, in bytes
+        self._swept = 0.0  # when, by time.monotonic()
 
     def keep(self, channel: str, rule: Rule) -> None:
         """As `WebChannels.keep()`."""
@@ -2173,11 +2175,13 @@ class History:
 
     def sweep(self) -> None:
         """Let go of what is old."""
-        unused = time.monotonic() - _REMEMBERED * self._app.config.kept_ttl
-        for kept in [*self.kept.values()]:
-            self.trim(kept)
-            if kept.used < unused:
-                self.forget(kept)
+        now, ttl = time.monotonic(), self._app.config.kept_ttl
+        if now > self._swept + min(ttl / 4, 60):
+            self._swept = now
+            for kept in [*self.kept.values()]:
+                self.trim(kept)
+                if kept.used < now - _REMEMBERED * ttl:
+                    self.forget(kept)
 
 
 # ---------------------------------------------------------------------------------------- bus

@@ -64,7 +64,7 @@ async def webchannels(port: int, path: str, channels: int) -> None:
         return f"Received: {wc.params('payload')}"
 
     def shout() -> None:
-        wc.broadcast("____", wc.params("payload"))
+        wc.broadcast(wc.params("channel"), wc.params("payload"))
 
     def burst() -> None:
         for _ in range(BURST):
@@ -78,6 +78,10 @@ async def webchannels(port: int, path: str, channels: int) -> None:
         wc.channel(path, handler)
     for number in range(channels):
         wc.channel(f"/room{number}/echo", echo)
+    if hasattr(wc, "keep"):  # older ones are measured, too
+        wc.keep("kept", 100)
+        wc.channels_support("kept")
+        wc.channel("/kept/shout", shout)
     await wc.serve(port=port)
 
 
