@@ -2012,7 +2012,6 @@ class Kept:
         self.heard = 0  # the first number that came meanwhile
         self.behind = False  # is there more than it will bring?
         self.joined: dict[ChannelClient, int] = {}  # the number of our broadcasts until then
-        self.shown: set[int] = set()  # those of our broadcasts that were seen without a number
         self.ours = 0  # the last of our broadcasts that came back
 
     def follow(self, client: ChannelClient, reader: Reader) -> None:
@@ -2655,6 +2654,8 @@ class WebChannels:
         self._bus: Bus | None = None
         self._redis: RedisBus | None = None  # the same, if it numbers what is kept
         self._serial = 0  # of the last broadcast that Redis was to keep
+        # From which to which our pages saw them without a number, since Redis was away.
+        self._shown: collections.deque[list[int]] = collections.deque(maxlen=100)
         self._name = secrets.token_hex(8).encode()  # of this process, among those on the bus
 
     # What a program registers.
@@ -2881,9 +2882,12 @@ class WebChannels:
 
     def _show(self, channel: str, push: Push, without: set[str], serial: int) -> None:
         """Redis is away, and will number it later."""
+        if self._shown and self._shown[-1][1] == serial - 1:
+            self._shown[-1][1] = serial
+        else:
+            self._shown.append([serial, serial])
         kept = self._history.kept.get(channel)
         if kept and serial > kept.ours:
-            kept.shown.add(serial)
             for client in self._meant(channel, without, None):
                 if kept.joined.get(client, serial) < serial:
                     client._push(push)
@@ -3012,8 +3016,8 @@ class WebChannels:
         shown = 0
         if data.startswith(self._name):
             kept.ours = serial
-            shown = serial if serial in kept.shown else 0
-            kept.shown.discard(serial)
+            if any(first <= serial <= last for first, last in self._shown):
+                shown = serial
         self._hand_out_kept(kept, push, without, age, shown)
 
     def _fetch(self, kept: Kept) -> None:
