@@ -7621,6 +7621,7 @@ class InChromium(BrowserTest):
     def kill_and_start_again(self, times: int, redis: str) -> list[Any]:
         """What a page has got after so many servers, which counted at 200/s, were killed."""
         port, page = "0", self.page("about:blank")
+        got: list[Any] = []
         for number in range(times + 1):
             with Terminal(sys.executable, "-c", COUNTING, port, redis) as server:
                 port = server.expect(r"127\.0\.0\.1:(\d+)")[1]
@@ -7634,7 +7635,7 @@ class InChromium(BrowserTest):
                 if number < times:
                     server.stop((15, 9)[number % 2])
                 else:
-                    got: list[Any] = page.evaluate("got")
+                    got = page.evaluate("got")
         return got
 
     def in_order(self, got: list[Any]) -> None:

@@ -1591,8 +1591,8 @@ class ChannelClient(Connection):
     Example: def who(client: ChannelClient): return client.address
     """
 
-    __slots__ = ("_asks", "_begun", "_corked", "_dialect", "_frames", "_held", "_pending", "_queue",
-                 "_queued", "_reads", "_silence", "address", "channels", "connected", "data", "id",
+    __slots__ = ("_asks", "_begun", "_corked", "_dialect", "_frames", "_held", "_let_in",
+                 "_pending", "_queue", "_queued", "_reads", "_silence", "address", "channels", "connected", "data", "id",
                  "request")
 
     def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
@@ -1616,6 +1616,7 @@ class ChannelClient(Connection):
         self._corked = False
         self._behind = True
         self._asks: tuple[str, Any] | None = None  # for what channel, and since when, just now
+        self._let_in = False  # has a handler subscribed it since, to that channel or another?
         self._reads: dict[str, Kept] | None = None  # what it must get before it gets what is live
         # Life and death. The sweep looks at these.
         self._silence = 0.0  # seconds for which nothing was heard, while we listened
@@ -1780,7 +1781,7 @@ class ChannelClient(Connection):
         channel, message, ref = origin
         if message != "subscribe":  # which is confirmed before anything is pushed
             self._app._here()  # what the handler's threads sent comes before
-        elif self.connected and channel not in self.channels:
+        elif self.connected and not (self._let_in or channel in self.channels):
             raise mistaken(403, "/%s/subscribe did not call subscribe(client, channel)", channel)
         settings, (v1, bits) = self._app.config, self._dialect
         opcode = TEXT
@@ -3070,6 +3071,7 @@ class WebChannels:
         """
         expect(client, ChannelClient, "first comes the client, then the channel")
         check_name(channel)
+        client._let_in = True
         if client.connected and channel not in client.channels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
@@ -3270,7 +3272,7 @@ class WebChannels:
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
                 if message == "subscribe":
-                    client._asks = channel, envelope.get("since")
+                    client._asks, client._let_in = (channel, envelope.get("since")), False
             elif not bare and isinstance(data, bytes):
                 raise HTTPError(400, "A binary message is an envelope, a line feed, and bytes")
             found = self._channels.find(path)
