@@ -1592,8 +1592,8 @@ class ChannelClient(Connection):
     """
 
     __slots__ = ("_asks", "_begun", "_corked", "_dialect", "_frames", "_held", "_let_in",
-                 "_pending", "_queue", "_queued", "_reads", "_silence", "address", "channels", "connected", "data", "id",
-                 "request")
+                 "_pending", "_queue", "_queued", "_reads", "_silence", "address", "channels",
+                 "connected", "data", "id", "request")
 
     def __init__(self, app: WebChannels, request: Request, dialect: Dialect,
                  head: bytes) -> None:
