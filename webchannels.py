@@ -2083,27 +2083,27 @@ class History:
 
     def __init__(self, app: WebChannels) -> None:
         self._app = app
-        self._rules: Router | None = None  # if there are any
+        self.rules: Router | None = None  # if there are any
         self.kept: dict[str, Kept] = {}
         self._weight = 0  # of all, in bytes
         self._swept = 0.0  # when, by time.monotonic()
 
     def keep(self, channel: str, rule: Rule) -> None:
         """As `WebChannels.keep()`."""
-        self._rules = self._rules or Router()
-        self._rules.add(f"/{channel}", rule)
+        self.rules = self.rules or Router()
+        self.rules.add(f"/{channel}", rule)
         for kept in [*self.kept.values()]:
             kept.rule = self.rule(kept.channel) or kept.rule
 
     def rule(self, channel: str) -> Rule | None:
         """How the channel is kept, if it is."""
-        found = self._rules and self._rules.find(f"/{channel}")
+        found = self.rules and self.rules.find(f"/{channel}")
         return found[0][""] if found else None
 
     def find(self, channel: str) -> Kept | None:
         """What is kept of the channel, from now on; None if nothing is to be."""
         kept = self.kept.get(channel)
-        if kept is None and self._rules and (rule := self.rule(channel)):
+        if kept is None and self.rules and (rule := self.rule(channel)):
             kept = self.kept[channel] = Kept(channel, rule)
             self._weight += kept.weight
             self._app._begin_to_keep(kept)
@@ -2849,7 +2849,8 @@ class WebChannels:
         if self._here():
             return self._context.copy().run(self._spread, pushes, without, among)
         count = sum(len(self._meant(name, without, among)) for name in names)
-        kept = among is None and any(map(self._history.rule, names))
+        kept = (among is None and bool(self._history.rules)
+                and any(map(self._history.rule, names)))
         if not (count or self._bus or kept):
             return False
         size = sum(push.size() for _, push in pushes) + 10 * count  # with a place in each queue
@@ -2904,10 +2905,11 @@ class WebChannels:
     def _hand_out(self, channel: str, push: Push, without: set[str],
                   among: set[str] | None) -> bool:
         """Send it to the subscribers here; keep it, if that is to be."""
+        if self._history.rules and among is None and not self._redis:
+            kept = self._history.find(channel)
+            if kept:
+                return self._hand_out_kept(kept, push, without)
         there = False
-        kept = self._history.find(channel) if among is None and not self._redis else None
-        if kept:
-            return self._hand_out_kept(kept, push, without)
         for client in self._meant(channel, without, among):
             there = client._push(push) or there
         return there
