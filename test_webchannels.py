@@ -7198,6 +7198,12 @@ sys.stdin.read()
         for number in range(3):
             one.broadcast("k", "m", number)
         page.read_to(3)
+        one._call(commands[0].show)  # it has come back already
+        page.client.close()
+        self.until(lambda: not one.subscriptions())
+        page = self.page(url)
+        page.read_to(3)
+        one._call(commands[0].show)  # and this page was not there
         one._call(lambda: bus._sent.extend(commands))  # as if the answers had been lost
         self.redis.ask("CLIENT", "KILL", "TYPE", "pubsub")
         one.broadcast("k", "m", "next")
@@ -7280,6 +7286,33 @@ sys.stdin.read()
         one.broadcast("k", "m", "after")
         page.read_to(2)
         self.assertEqual(page.got, ["after"])
+        page.client.close()
+        self.until(lambda: not one.subscriptions())
+        bus: Any = one._redis
+        bus._fetches[0] = [b"PING"]  # as if another one was under way
+        page = self.page(url)
+        one.broadcast("k", "m", "meanwhile")
+        self.until(lambda: one._history.kept["k"].heard)
+        one._call(lambda: bus.fetched(0))
+        page.read_to(3)
+        self.assertEqual(page.got, ["meanwhile"])
+
+    def test_kept_a_page_that_knows_more_than_what_is_being_fetched(self) -> None:
+        one, url = self.serving()
+        page, bus = self.page(url), one._redis
+        assert bus
+        one.broadcast("k", "m", 1)
+        page.read_to(1)
+        kept = one._history.kept["k"]
+        bus._fetches[0] = [b"PING"]  # as if it was under way
+        one._call(lambda: one._fetch(kept))
+        with mock.patch.object(bus, "fetch", wraps=bus.fetch) as fetch:
+            other = self.page(url, page.at.replace(".1", ".2"))
+            self.assertTrue(kept.behind)
+            one._call(lambda: bus.fetched(0))
+            other.until(lambda: other.missed)  # Redis does not know that number
+            self.assertEqual(fetch.call_count, 1)
+        self.assertEqual(page.missed, 0)
 
     def test_the_commands_that_a_user_of_redis_needs(self) -> None:
         text = (HERE / "README.md").read_text(encoding="utf-8")
@@ -7570,6 +7603,24 @@ class InChromium(BrowserTest):
             page.evaluate("WebChannels.request('____', 'echo', 1000)")
             self.assertEqual(self.echoed, list(range(1001)))
             self.assertEqual(page.evaluate("got.map(push => push.payload)"), list(range(1000)))
+
+    def test_back_and_forward_on_a_kept_channel(self) -> None:
+        self.app.keep("____")
+        self.app.route("/other", lambda: RECORD + self.app.channels_support())
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            for number, move in enumerate(("location = '/other'", "history.back()",
+                                           "history.forward()", "history.back()")):
+                self.app.broadcast("____", f"before {number}")
+                page.wait_for(f"globalThis.got?.at(-1) === 'before {number}'")
+                self.left.clear()
+                page.evaluate(move, False)
+                self.assertTrue(self.left.wait(10))
+                self.app.broadcast("____", f"after {number}")
+                page.wait_for(f"globalThis.got?.at(-1) === 'after {number}'")
+                expected = [f"{when} {each}" for each in range(number + 1)
+                            for when in ("before", "after")]
+                self.assertEqual(page.evaluate("got"), expected)
 
     def kept_page(self, url: str) -> Page:
         """A page that notes, in `got`, what it is sent on the kept channel, and `missed`."""
@@ -8532,6 +8583,22 @@ class OnlyInChromium(BrowserTest):
             page.wait_for(ANSWERED)
             self.heard(page, "again")
             self.assertEqual(len(self.app.connected_clients()), 1)
+
+    def test_a_frozen_tab_misses_nothing_that_is_kept(self) -> None:
+        self.app.keep("____")
+        with serve(self.app) as url:
+            page = self.live_page(url)
+            for number in range(3):
+                page.freeze(True)
+                self.assertTrue(self.left.wait(10))
+                self.left.clear()
+                self.app.broadcast("____", f"frozen {number}")
+                page.freeze(False)
+                page.wait_for(OPEN)
+                self.app.broadcast("____", f"thawed {number}")
+            page.wait_for("got.length >= 6")
+            self.assertEqual(page.evaluate("got"), [f"{how} {number}" for number in range(3)
+                                                    for how in ("frozen", "thawed")])
 
     def test_a_frozen_tab_lets_go_and_comes_back_at_once(self) -> None:
         with serve(self.app) as url:

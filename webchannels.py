@@ -2496,14 +2496,10 @@ class RedisBus(Bus):
 
 
 def _shown(command: Command) -> Command:
-    """It was seen by our own pages; `show` is True in the end, but does nothing any more."""
+    """Our own pages have seen what is to be kept."""
     if command.show:
         command.show()
-    return command._replace(show=command.show and _do_nothing)
-
-
-def _do_nothing() -> None:
-    pass
+    return command._replace(show=None)
 
 
 def _times(settings: Config) -> list[bytes]:
