@@ -1953,7 +1953,7 @@ class ChannelClient(Connection):
 # ------------------------------------------------------------------------------------ history
 
 _SINCE = re.compile(r"([0-9a-f]{1,32})\.([0-9]{1,15})")  # a position: epoch and number
-_WEIGHT = 500  # bytes, about, of what holds a message in memory
+_WEIGHT = 800  # bytes, about, of what holds a message in memory
 _REMEMBERED = 10  # times config.kept_ttl: then the position in a channel without use is forgotten
 
 
