@@ -4152,51 +4152,58 @@ var WebChannels = (() => {
 DEMO_PAGE: str = r"""<!doctype html><html lang="en"><meta charset="utf-8"><title>webchannels</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <style nonce="NONCE">
-:root { color-scheme: light dark; --accent: light-dark(#0b736d, #4fd0c5) }
-body { max-width: 1200px; margin: auto; padding: 1em; font: 1em/1.5 system-ui, sans-serif }
-main { display: grid; gap: 1em; grid: auto / repeat(auto-fit, minmax(min(30em, 100%), 1fr)) }
-section { padding: 1em; border-radius: 9px; background: light-dark(#eef3f5, #1c2229) }
-header, form { display: flex; gap: 1em; align-items: center } canvas { width: 100% }
-h1, h2 { flex: 1; margin: 0; font-size: 1.2em } form input { flex: 1; min-width: 0 }
-b, canvas, button { color: var(--accent) } canvas, pre { height: 200px; overflow: auto }
-pre { display: flex; flex-flow: column-reverse; white-space: pre-wrap; overflow-wrap: anywhere }
-form * { padding: 6px 9px; border: 1px solid; border-radius: 9px; font: inherit; background: none }
+:root { color-scheme: light dark; --live: light-dark(#0b736d, #4fd0c5) }
+[data-webchannels=reconnecting] { --live: var(--gone) } * { --gone: light-dark(#b54708, #f9a94b) }
+body { max-width: 75em; margin: auto; padding: 1em; font: 1em/1.5 system-ui, sans-serif }
+main { display: grid; gap: 1em; grid: auto / repeat(auto-fit, minmax(min(28em, 100%), 1fr)) }
+section { display: flex; flex-flow: column; padding: 1em; border-radius: 9px; background: #8882 }
+header, form { display: flex; gap: 1em; align-items: baseline } form input { flex: 1; min-width: 0 }
+h1, h2 { flex: 1; margin: 0; font-size: 1.2em } b, button { color: var(--live) }
+section:first-child { grid-column: 1 / -1 } svg { width: 100%; height: 120px }
+path { transform: translate(100%, 50%) scale(40, 60); vector-effect: non-scaling-stroke }
+#curve { fill: none; stroke: var(--live); stroke-width: 2 }
+#gaps { stroke: var(--gone); stroke-width: 2; stroke-dasharray: 9 }
+pre { display: flex; flex-flow: column-reverse; flex: 0 0 clamp(9rem, 100vh - 30rem, 40rem);
+  overflow: auto; font: inherit; white-space: pre-wrap; overflow-wrap: anywhere }
+#wire { flex-grow: 1; font: .8em/1.6 ui-monospace, monospace; word-break: break-all }
+input, button { padding: 6px; border: 1px solid; border-radius: 9px; font: inherit; background: 0 }
 </style>
-<header><h1>webchannels</h1><b id="state" role="status">WebSocket connecting</b></header>
+<header><h1>webchannels</h1><b id="state" role="status">connecting …</b></header>
 <p>A page and its server, talking. Open a second tab. Stop the server, and start it again.</p>
-<label><input id="live" type="checkbox" checked autocomplete="off"> live</label>
-<canvas id="plot" height="400" role="img" aria-label="A curve that moves with each push"></canvas>
-<main><section><h2>Chat makes waves</h2><p>You are <b id="me">new</b>. Here: <b id="people"></b></p>
+<main><section><header><h2>A curve from the server</h2><b id="reading"></b></header>
+<svg role="img" aria-label="Its last seconds"><path id="curve"/><path id="gaps"/></svg></section>
+<section><header><h2>Chat</h2>Each message makes a wave</header>
 <pre id="chat" role="log" aria-label="Chat" tabindex="0"></pre>
-<form id="say" method="dialog"><input id="text" aria-label="Message" required><button>Send</button>
-</form></section><section><h2>On the wire</h2><p id="answer" role="status">Without the wave</p>
+<form id="say" method="dialog"><b id="me"></b><input id="text" required autocomplete="off"
+aria-label="Message" placeholder="Say something"><button>Send</button></form></section>
+<section><header><h2>On the wire</h2>Everything but the curve</header>
 <pre id="wire" role="log" aria-live="off" aria-label="Frames" tabindex="0"></pre>
-<form id="echo" method="dialog"><input id="payload" aria-label="Payload"><button>Echo</button>
-</form></section></main>SUPPORT<script nonce="NONCE">
-const show = (arrow, frame = '') =>
+</section></main>SUPPORT<script nonce="NONCE">
+const on = (type, listener) => WebChannels.addEventListener(type, event => listener(event.detail))
+const show = (arrow, frame) =>
   frame && !frame.includes('"message":"tick"') && wire.append(arrow, frame, '\n')
-WebChannels.addEventListener('debug', e => { show('↑ ', e.detail.out); show('↓ ', e.detail.in) })
-WebChannels.addEventListener('state', e => { state.textContent = `WebSocket ${e.detail}` })
+on('debug', frame => { show('↑ ', frame.out); show('↓ ', frame.in) })
+on('state', now => { state.textContent = now === 'open' ? 'connected' : `${now} …` })
+on('missed', channel => channel === 'chat' && chat.replaceChildren('(The server was restarted.)\n'))
 WebChannels.subscribe('chat')
-WebChannels.addEventListener('missed', e => e.detail === 'chat' && chat.replaceChildren())
-WebChannels.channel('/chat/name', name => { me.textContent = name })
-WebChannels.channel('/chat/people', names => { people.textContent = names.join(', ') })
 WebChannels.channel('/chat/said', line => chat.append(line, '\n')) // as text, never as HTML
-say.onsubmit = () => WebChannels.sendMessageTo('chat', 'say', text.value).then(() => say.reset())
-echo.onsubmit = async () => {
-  const start = performance.now()
-  const reply = await WebChannels.request('____', 'echo', payload.value).catch(String)
-  answer.textContent = `${reply} (${(performance.now() - start).toFixed(1)} ms)`
-}
-const pen = plot.getContext('2d'), heights = Array(300).fill(0)
-WebChannels.channel('/wave/tick', height => { heights.copyWithin(0, 1)[299] = height })
-live.onchange = () => WebChannels[live.checked ? 'subscribe' : 'unsubscribe']('wave')
+me.textContent = sessionStorage.me ??= `Otter ${Date.now() % 1000}` // each tab is another
+say.onsubmit = () => WebChannels.sendMessageTo('chat', 'say', `${me.textContent}: ${text.value}`)
+  .then(() => say.reset())
+let points = [], ahead = -Infinity // seconds by which the server's clock is
+WebChannels.channel('/wave/tick', ([time, height]) => {
+  ahead = Math.max(ahead, time - Date.now() / 1000)
+  points = [...points.slice(-600), [time, height]]
+  reading.textContent = height.toFixed(2)
+})
 setInterval(() => {
-  plot.width = 2 * plot.clientWidth // this clears it
-  Object.assign(pen, { lineWidth: 4, strokeStyle: getComputedStyle(plot).color })
-  heights.forEach((height, i) => pen.lineTo(i * plot.width / 299, 200 - 180 * height))
-  pen.stroke()
-}, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 50)
+  const now = ahead + Date.now() / 1000, lines = { curve: '', gaps: '' }
+  points.forEach(([time, height], i) => {
+    const next = points[i + 1] ?? [now, height], gone = next[0] - time > 0.5
+    lines[gone ? 'gaps' : 'curve'] += `M${time - now},${-height}L${next[0] - now},${-next[1]}`
+  })
+  for (const id in lines) document.getElementById(id).setAttribute('d', lines[id])
+}, matchMedia('(prefers-reduced-motion: reduce)').matches ? 1000 : 40)
 </script>
 """
 
@@ -4204,9 +4211,9 @@ setInterval(() => {
 def demo_app() -> WebChannels:
     """The app behind `python3 webchannels.py`: a new one, so that importing registers nothing."""
     app = WebChannels()
-    app.channel("/____/echo", lambda payload: payload)
-    app.keep("wave", 300)  # who comes sees the curve,
-    app.keep("chat", 50)  # and what was said
+    app.keep("chat", 100)
+    app.keep("wave", 600)
+    app.channels_support("chat")
     template = DEMO_PAGE.replace("SUPPORT", app.channels_support("wave", nonce="NONCE"))
     said_at = 0.0
 
@@ -4217,30 +4224,20 @@ def demo_app() -> WebChannels:
             "Content-Security-Policy": "default-src 'none'; connect-src 'self'; img-src data:; "
             f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; base-uri 'none'"})
 
-    @app.on_disconnect
-    def show_people() -> None:
-        people = app.connected_clients("chat")
-        app.broadcast("chat", "people", [one.data["name"] for one in people], only=people)
-
-    @app.channel("/chat/subscribe")
-    def enter(client: ChannelClient) -> None:
-        client.data["name"] = f"{secrets.choice(('Otter', 'Heron', 'Raven'))} {client.id[:2]}"
-        app.subscribe(client, "chat")
-        client.send("name", client.data["name"])
-        show_people()
-
     @app.channel("/chat/say")
-    def say(client: ChannelClient, payload: Any) -> None:
+    def say(payload: Any) -> None:
         nonlocal said_at
         said_at = time.monotonic()
         text = str(payload)[:500].encode("utf-8", "replace").decode()  # half a pair is not sent
-        app.broadcast("chat", "said", f"{client.data.get('name', 'Somebody')}: {text}")
+        app.broadcast("chat", "said", text)
 
     def wave() -> None:
         while True:
             time.sleep(0.05)
-            age = time.monotonic() - said_at
-            app.broadcast("wave", "tick", math.sin(6 * age) * (0.1 + 0.9 * math.exp(-age / 2)))
+            now, age = time.time(), time.monotonic() - said_at
+            height = 0.2 * math.sin(2 * now) + 0.1 * math.sin(5 * now)
+            height += 0.7 * math.sin(8 * age) * math.exp(-age)
+            app.broadcast("wave", "tick", [round(now, 2), round(height, 3)])
 
     threading.Thread(target=wave, daemon=True).start()
     return app
