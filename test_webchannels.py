@@ -436,8 +436,7 @@ class Chromium:
         elif page and method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             page.log("error", details.get("exception", {}).get("description") or details["text"])
-        elif page and method == "Log.entryAdded" and (
-                not params["entry"].get("url", "").endswith("/favicon.ico")):
+        elif page and method == "Log.entryAdded":
             page.log(params["entry"]["level"], params["entry"]["text"])
 
     def new_page(self, url: str = "about:blank") -> Page:
@@ -1451,7 +1450,7 @@ class HttpTest(ServerTest):
                 ("/error", 418, "text/plain; charset=utf-8", b"short and stout"),
                 ("/response", 201, "text/x", b"x"),
                 ("/nope", 404, None, b"Not found: no handler for the route /nope"),
-                ("/favicon.ico", 404, None, b"Not found"),
+                ("/favicon.ico", 204, None, b""),
                 ("/hi/bob/5?q=a%20b&x", 200, None, b'{"name":"bob","n":5,"q":"a b"}'),
                 ("/hi/b%2Fb/5", 404, None, b"Not found: no handler for the route /hi/b%2Fb/5"),
                 ("/hi/bob/x", 404, None, None), ("/hi/%ff/5", 400, None, None),

@@ -782,6 +782,8 @@ def find_file(folder: str, names: Sequence[str], request: Request) -> Path | Res
                 query = f"?{request.query}" if request.query else ""
                 place = f"./{request.path.rpartition('/')[2]}/{query}"
                 return Response(status=302, headers={"Location": place})
+    if request.path == "/favicon.ico":  # as in _respond()
+        return Response(status=204)
     raise HTTPError(404)
 
 
@@ -3361,9 +3363,9 @@ class WebChannels:
                 raise HTTPError(501)
             if endpoints:
                 raise HTTPError(405, headers=allow)
-            unasked = request.path == "/favicon.ico"  # by the program: it is no mistake of it
-            raise HTTPError(404) if unasked else mistaken(
-                404, "Not found: no handler for the route %s", request.path)
+            if request.path == "/favicon.ico":  # browsers ask for it, and their consoles tell a 404
+                return Response(status=204)
+            raise mistaken(404, "Not found: no handler for the route %s", request.path)
         given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
         if endpoint.takes_any or {*endpoint.takes} - {*given}:
             given = {**request.params(), **given}
