@@ -8720,8 +8720,6 @@ PROGRAMS = {  # what becomes true in their pages
     "A progress bar for a long-running script": "document.querySelector('progress').value > 0",
     "A live chart of a sensor, or of a training loop":
         "values.length > 9 && pen.getImageData(0, 0, 800, 300).data.some(value => value)",
-    "The curve of a training loop, from the start":
-        "curve.points.length > 9 && [...curve.points].every((point, step) => point.x === step)",
     "Inside an asyncio program of your own":
         "document.querySelector('h1').textContent.includes(':')"}
 
