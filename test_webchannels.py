@@ -8716,10 +8716,12 @@ NGINX_HTTP = """pid {0}/pid; error_log {0}/log; events {{ }} http {{ access_log 
 client_body_temp_path {0}; proxy_temp_path {0}; fastcgi_temp_path {0}; uwsgi_temp_path {0};
 scgi_temp_path {0}; {1} }}"""
 PROGRAMS = {  # what becomes true in their pages
-    "Start": "WebChannels.request('____', 'echo', 'x').then(reply => reply === 'Received: x')",
+    "First program": "(globalThis.alert = text => { said = text }, globalThis.said ??= '',"
+        " who.value = 'Ada', who.onchange(), said === 'Hello, Ada!')"
+        " && clock.textContent.includes(':')",
     "A progress bar for a long-running script": "document.querySelector('progress').value > 0",
     "A live chart of a sensor, or of a training loop":
-        "values.length > 9 && pen.getImageData(0, 0, 800, 300).data.some(value => value)",
+        "values.length > 9 && document.querySelector('#curve').getTotalLength() > 9",
     "Inside an asyncio program of your own":
         "document.querySelector('h1').textContent.includes(':')"}
 
@@ -8803,18 +8805,20 @@ class ReadmeTest(BrowserTest):
             self.open(demo.expect(r"http://[\d.:]+")[0])
 
     def test_the_walkthrough(self) -> None:
-        page, said = None, ""
+        page, values = None, []
         with Terminal(sys.executable, "-i", "-q") as repl:
             repl.type(TYPED_FIRST.format(self.ports["8000"]))
             for number, (language, block) in enumerate(self.blocks["Walkthrough"]):
-                if page and "disconnected_clients" in block:
+                if page and block == "connected_clients()\n":
                     page.close()
                     repl.type("import time; time.sleep(1)\n")
                 if language == "python":
                     repl.type(f"{block}print('typed', {number})\n")
                     said = repl.expect(rf"(?s)(.*)\ntyped {number}\n")[1]
                     self.assertNotIn("Traceback", said)
-                    self.assertEqual("\nTrue\n" in said.replace(">>> ", ""), "broadcast" in block)
+                    values += re.findall(r"(?m)^(?:>>> |\.\.\. )*(\[.*\]|True|'http.*')$", said)
+                    if not re.match("from|PAGE|@", block):
+                        self.assertEqual(len(ast.parse(block).body), 1)  # a prompt shows the last
                 if "@route" in block:
                     if page:
                         page.reload()
@@ -8826,13 +8830,23 @@ class ReadmeTest(BrowserTest):
                     repl.expect("Received: Hello!\n")
                 for line in block.splitlines() if language == "text" else ():
                     page.wait_console(line)
-        connected, left, remain = re.findall(r"(?m)^(?:>>> )*(\[.*\])$", said)
-        self.assertEqual((connected, left.count(" disconnected "), remain), ("[]", 2, "[]"))
+        url, connected, first, again, nobody, left, remain = values
+        self.assertEqual(url, repr(self.url))
+        self.assertRegex(connected, r"^\[<ChannelClient [0-9a-f]{16} 127\.0\.0\.1 connected "
+                                    r"\['____'\]>\]$")
+        self.assertEqual((first, again, nobody, remain), ("True", "True", "[]", "[]"))
+        self.assertEqual(left.count(" disconnected "), 2)
 
     def test_programs(self) -> None:
         for heading, condition in PROGRAMS.items():
-            with self.subTest(heading), self.start(heading):
-                self.open().wait_for(condition)
+            with self.subTest(heading), self.start(heading) as program:
+                program.expect(self.url)
+                page = self.open()
+                page.wait_for(condition)
+                page.close()  # it would come back to the next program
+                if "asyncio" in heading:
+                    program.type("\x03")
+                    self.assertEqual(program.end(), (0, "\n^C"))  # and no traceback
 
     def test_a_folder_of_files(self) -> None:
         heading = "Your own folder of files"
@@ -8844,7 +8858,7 @@ class ReadmeTest(BrowserTest):
             page = self.open()
             page.wait_for(r"/\d\d:\d\d:\d\d/.test(document.querySelector('h1').textContent)")
             self.assertEqual(page.evaluate(
-                "getComputedStyle(document.querySelector('h1')).textAlign"), "center")
+                "getComputedStyle(document.body).display"), "grid")
 
     def test_files(self) -> None:
         with self.start("Files", then="up()\n"):
@@ -8853,18 +8867,70 @@ class ReadmeTest(BrowserTest):
             for path in "/report", "/download":
                 self.assertEqual(request("GET", self.url + path).body, b"a,b\n")
 
+    def test_buttons_and_sliders(self) -> None:
+        with self.start("Buttons and sliders that call Python") as program:
+            page, other = self.open(), self.open()
+            for name, number, text, kind in (
+                    ("slider", 30, "Set to 30 %", ""),
+                    ("slider", 90, "Above 80 % it gets too hot", "error"),
+                    ("blink", 30, "ERROR : 500 - Internal error", "error"),
+                    ("off", 0, "Set to 0 %", "")):
+                page.evaluate("(slider.value = 90, slider.oninput())" if number == 90 else
+                              "(slider.value = 30, slider.oninput())" if name == "slider" else
+                              f"document.querySelector('[name={name}]').click()")
+                page.wait_for(f"answer.textContent === {text!r} && answer.className === {kind!r}")
+                if not kind:
+                    other.wait_for(f"slider.valueAsNumber === {number}")
+            program.expect("NotImplementedError: the page must not see this")
+
+    def test_upload_and_download(self) -> None:
+        with self.start("Upload and download"):
+            page = self.open()
+            page.evaluate("""(async () => {
+                const files = new DataTransfer()
+                for (const name of ['a b.txt', '.hidden']) files.items.add(new File(['Hi'], name))
+                const input = document.querySelector('input')
+                input.files = files.files
+                await input.onchange({ target: input })
+            })()""")
+            page.wait_for("answer.textContent === '.hidden: Give it a plain name'")
+            page.wait_for("document.querySelector('li').textContent === 'a b.txt'")
+            self.assertEqual(page.evaluate(
+                "fetch(document.querySelector('a').href).then(reply => reply.text())"), "Hi")
+            self.assertEqual([path.name for path in (self.folder / "uploads").iterdir()],
+                             ["a b.txt"])
+
+    def test_unit_tests(self) -> None:
+        app, tests = self.texts("Unit tests of your own handlers", "python")
+        (self.folder / "app.py").write_text(app)
+        (self.folder / "test_app.py").write_text(tests)
+        done = run_python("-m", "unittest", cwd=self.folder, PYTHONPATH=str(HERE))
+        self.assertRegex(done.stderr, r"(?s)^\.\.\n-+\nRan 2 tests in .*\n\nOK\n$")
+
+    def test_another_machine(self) -> None:
+        heading = "On another machine: `ssh -L`, JupyterHub"
+        hub = {"Host": "hub.example.com"}
+        with mock.patch.dict(os.environ, JUPYTERHUB_SERVICE_PREFIX="/user/ada/"), \
+                self.start(heading):
+            path = f"/user/ada/proxy/{self.ports['8000']}/"
+            self.assertIn(f'data-path="{path}"'.encode(), request("GET", self.url, hub).body)
+            WebSocketClient(self.url, headers=hub, origin="https://hub.example.com").close()
+
     def test_rooms(self) -> None:
         heading = "A chat with rooms, where a cookie decides who may subscribe"
-        with self.start(heading), WebSocketClient(self.url) as stranger:
+        with self.start(heading) as program, WebSocketClient(self.url) as stranger:
             for message in "subscribe", "say":
                 stranger.send_json({"channel": "rooms/tea", "message": message, "payload": "x"})
                 self.assertEqual(stranger.recv_text(), "ERROR : 403 - This is not your room")
-            page = self.page(f"{self.url}/login?name=bob")
-            page.navigate(f"{self.url}/tea")
+            program.expect(self.url)
+            page = self.page(self.url)
+            page.evaluate("(document.forms[0][0].value = 'bob', document.forms[0].requestSubmit())")
             page.wait_console("Subscription ready")
             page.evaluate("(say[0].value = '<b>Hi', say.requestSubmit())")
-            page.wait_for(r"said.textContent === 'bob: <b>Hi\n'")
+            page.wait_for(r"said.textContent === 'bob: <b>Hi\n' && say[0].value === ''")
             self.assertEqual(page.evaluate("fetch('/lab').then(answer => answer.status)"), 403)
+            page.reload()
+            page.wait_for(r"said.textContent === 'bob: <b>Hi\n'")
 
     def test_a_notebook(self) -> None:
         with self.start("A notebook that pushes to a tab", "-i") as notebook:
@@ -8877,8 +8943,8 @@ class ReadmeTest(BrowserTest):
             self.skipTest("needs Flask")
         with self.start("Beside Flask or FastAPI, on another port", port="5000"):
             page = self.open(f"http://127.0.0.1:{self.ports['5000']}")
-            page.evaluate("fetch('/save', {method: 'POST'})", await_promise=False)
-            page.wait_console("saved")
+            page.evaluate("document.querySelector('button').click()")
+            page.wait_for("said.textContent.startsWith('Saved')")
 
     def test_the_handlers(self) -> None:
         pages = {"/hello/%3CAda": b"Hello, &lt;Ada!", "/add/1/2?times=3": b'{"sum":9}',
