@@ -39,6 +39,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import tracemalloc
@@ -6344,6 +6345,8 @@ print("down")
             for name, value in zip(names.split(", "), values.split(", ")):
                 number, _, unit = value.strip("`").replace(",", "").partition(" ")
                 default = ast.literal_eval(number)
+                self.assertRegex(inspect.getdoc(Config) or "",  # which pydoc shows
+                                 rf"(?m)^[\w, ]*\b{name.strip('`')}\b[\w, ]*: ")
                 told[name.strip("`")] = default * {"KiB": 1024, "MiB": 1024 ** 2}[unit] \
                     if unit else default
         self.assertEqual(told, vars(Config()))
@@ -8794,6 +8797,16 @@ class ReadmeTest(BrowserTest):
                 path = re.sub(r"^\.\./\.\./actions/(.*\.yml)(/badge\.svg)?$", r".github/\1", link)
                 self.assertTrue((HERE / path).is_file(), link)
 
+    def test_the_docstring_has_the_first_program_and_the_browser_too(self) -> None:
+        told = webchannels.__doc__ or ""
+        [program] = self.texts("First program", "python")
+        self.assertIn(textwrap.indent(program, "    "), told)
+        text = (HERE / "README.md").read_text(encoding="utf-8")
+        tables = text.partition("\n### Browser\n")[2].partition("\n#")[0]
+        for names in re.findall(r"(?m)^\| (`.*?`) \|", tables):
+            for name in re.findall(r"`(\w+)", names):
+                self.assertRegex(told.partition("In the page")[2], rf"`{name}\b")
+
     def test_the_commands(self) -> None:
         self.assertEqual(self.texts("Start", "sh"), ["python3 webchannels.py\n"])
         self.assertEqual(self.texts("Development", "sh"), ["python3 test_webchannels.py\n"])
@@ -8901,8 +8914,7 @@ class ReadmeTest(BrowserTest):
                              ["a b.txt"])
 
     def test_unit_tests(self) -> None:
-        app, tests = self.texts("Unit tests of your own handlers", "python")
-        (self.folder / "app.py").write_text(app)
+        [tests] = self.texts("Unit tests of your own handlers", "python")
         (self.folder / "test_app.py").write_text(tests)
         done = run_python("-m", "unittest", cwd=self.folder, PYTHONPATH=str(HERE))
         self.assertRegex(done.stderr, r"(?s)^\.\.\n-+\nRan 2 tests in .*\n\nOK\n$")

@@ -1,22 +1,31 @@
 """webchannels: browser-server messaging over WebSockets, in one file with no dependency.
 
+    import time
     from webchannels import *
 
-    @route("/")
-    def index():
-        return channels_support() + "<h1>Live</h1>"
-
-    @channel("/____/echo")
-    def echo():
-        return f"Received: {params('payload')}"
-
-    up()                              # http://127.0.0.1:8000
+    PAGE = '''<!doctype html><meta name="viewport" content="width=device-width"><h1 id=clock></h1>
+    <input id=who placeholder="Your name">''' + channels_support("room") + '''<script>
+    WebChannels.channel('/room/time', text => { clock.textContent = text })
+    who.onchange = () => WebChannels.request('room', 'hi', who.value).then(alert)</script>'''
+    route("/", lambda: PAGE)
+    channel("/room/hi", lambda payload: f"Hello, {payload}!")
+    print(up(block=False))            # http://127.0.0.1:8000
+    while True:
+        broadcast("room", "time", time.strftime("%X"))
+        time.sleep(1)
 
 `route()` maps HTTP paths to handlers, and `channel()` maps WebSocket messages to handlers in the
-same way: `/____/echo` is the message `echo` on the channel `____`. `channels_support()` puts the
-browser client into the page, `broadcast()` pushes to every subscriber of a channel, and
-`connected_clients()` lists who is there. Handlers are `def` or `async def`; they take nothing and
-ask `params()`, or take what they need by name: `def echo(payload, client)`.
+same way: `/room/hi` is the message `hi` on the channel `room`. Both are decorators, too. Handlers
+are `def` or `async def`; they take nothing and ask `params()`, or take what they need by name:
+`def hi(payload, client)`. `channels_support()` puts the browser client into the page, `broadcast()`
+pushes to every subscriber of a channel, `keep()` lets those that were away have what they missed,
+and `connected_clients()` lists who is there.
+
+In the page, `WebChannels` has `sendMessageTo(channel, message, payload)`, `request()` with the same
+and `{timeout, signal}` for the reply, `channel("/room/:name", (payload, {name}) => …)` for what is
+broadcast with a payload, `subscribe(channel)`, `unsubscribe(channel)`, `open()`, `close()`, `state`
+and `address`, and the events `state`, `open`, `close`, `subscribed`, `missed`, `message`, `error`
+and `debug`. A broadcast without a payload goes to `window.parse_payload(text)`.
 
 The rooms of this file, in the order in which data flows: config, log, router, messages, http,
 websocket, connections, history, bus, app, default app, channels.js, demo.
@@ -108,43 +117,74 @@ def expect(value: Any, kinds: Any, rule: str) -> None:
 
 @dataclass
 class Config:
-    """Settings for `up()`: sizes in bytes, times in seconds. Example: Config(server_port=8080)"""
+    """Settings for `up()`: sizes in bytes, times in seconds.
 
-    server_host: str = "127.0.0.1"  # what up() listens on when it is not told
-    server_port: int = 8000  # the same; 0 picks a free port
-    websockets_server: bool = True  # False: every WebSocket handshake is answered 404
-    websockets_path: str = "/"  # where the WebSocket lives; a page may have the same path
-    base_path: str = ""  # the prefix that a reverse proxy strips, "/live", or a whole URL
-    default_channel: str = "____"  # the channel of channels_support()
-    # Whose pages may connect and post. None: same origin only; "https://example.com", or several;
-    # "*": any.
+    server_host, server_port: what up() listens on when it is not told; port 0 picks a free one.
+    websockets_server: False: every WebSocket handshake is answered 404.
+    websockets_path: where the WebSocket lives; a page may have the same path.
+    base_path: the prefix that a reverse proxy strips, "/live", or a whole URL.
+    default_channel: the channel of channels_support().
+    allowed_origins: whose pages may connect and post. None: same origin only;
+        "https://example.com", or several; "*": any.
+    allowed_hosts: the Host names that are answered. None: any, but on a loopback address loopback
+        names only (DNS rebinding).
+    max_header_size, max_body_size: of a request; past them 431 or 414, and 413.
+    max_message_size: of a WebSocket message, inflated; past it close 1009.
+    max_inflation: times a message may inflate (and 64 KiB a second); past it close 1009.
+    max_clients: WebSockets, and as many HTTP connections; past it 503.
+    max_subscriptions: channels for each client.
+    max_threads: for threaded=True handlers; when all are busy, the next one waits.
+    max_send_buffer: a client this far behind is closed (1013).
+    handshake_timeout: for a request, a message or a closing handshake to arrive.
+    keep_alive_timeout: for an HTTP connection to be idle.
+    ping_interval, ping_timeout: a client silent for so long is sent a ping (0: never), and dropped
+        if it is silent for so long after it.
+    shutdown_timeout: for handlers to finish and clients to close.
+    abandoned_timeout: for handlers whose client has left; then they are cancelled.
+    disconnected_ttl: for which disconnected_clients() lists a client that left.
+    kept_ttl: for which keep() keeps a message.
+    max_kept, max_kept_total: of what is kept of a channel, with what holds it in memory; and of all
+        channels: past it, the least used are forgotten.
+    compression, compression_threshold: permessage-deflate (RFC 7692), without context takeover;
+        shorter messages are sent as they are.
+    json_default: as in json.dumps(default=...).
+    redis_url: redis[s]://[[user]:password@]host[:port][/name]: broadcasts reach all processes that
+        share it.
+    bus: what carries broadcasts in place of Redis.
+    Example: Config(server_port=8080)
+    """
+
+    server_host: str = "127.0.0.1"
+    server_port: int = 8000
+    websockets_server: bool = True
+    websockets_path: str = "/"
+    base_path: str = ""
+    default_channel: str = "____"
     allowed_origins: str | Sequence[str] | None = None
-    # The Host names that are answered. None: any, but on loopback only its own (DNS rebinding).
     allowed_hosts: Sequence[str] | None = None
-    max_header_size: int = 16 * 1024  # of a request's head; past it 431, or 414
-    max_body_size: int = 1024 * 1024  # of a request; past it 413
-    max_message_size: int = 1024 * 1024  # of a WebSocket message, inflated; past it close 1009
-    max_inflation: int = 50  # times a message may inflate (and 64 KiB a second); past it 1009
-    max_clients: int = 10_000  # WebSockets, and as many HTTP connections; past it 503
-    max_subscriptions: int = 1000  # channels for each client
-    max_threads: int = 32  # for threaded=True handlers; when all are busy, the next one waits
-    max_send_buffer: int = 1024 * 1024  # a client this far behind is closed (1013)
-    handshake_timeout: float = 10  # for a request, a message or a closing handshake to arrive
-    keep_alive_timeout: float = 75  # for an HTTP connection to be idle
-    ping_interval: float = 20  # a client silent for so long is sent a ping; 0: never
-    ping_timeout: float = 20  # and dropped when it is silent for so long after it
-    shutdown_timeout: float = 5  # for handlers to finish and clients to close
-    abandoned_timeout: float = 10  # for handlers whose client has left; they are cancelled
-    disconnected_ttl: float = 60  # for which disconnected_clients() lists a client that left
-    kept_ttl: float = 86_400  # for which keep() keeps a message
-    max_kept: int = 16 * 1024 * 1024  # of what is kept of a channel, with what holds it in memory
-    max_kept_total: int = 64 * 1024 * 1024  # of all channels; past it, the least used are forgotten
-    compression: bool = True  # permessage-deflate (RFC 7692), without context takeover
-    compression_threshold: int = 1024  # shorter messages are sent as they are
-    json_default: Callable[[Any], Any] | None = None  # as in json.dumps(default=…)
-    # redis[s]://[[user]:password@]host[:port][/name]: broadcasts reach all processes that share it.
+    max_header_size: int = 16 * 1024
+    max_body_size: int = 1024 * 1024
+    max_message_size: int = 1024 * 1024
+    max_inflation: int = 50
+    max_clients: int = 10_000
+    max_subscriptions: int = 1000
+    max_threads: int = 32
+    max_send_buffer: int = 1024 * 1024
+    handshake_timeout: float = 10
+    keep_alive_timeout: float = 75
+    ping_interval: float = 20
+    ping_timeout: float = 20
+    shutdown_timeout: float = 5
+    abandoned_timeout: float = 10
+    disconnected_ttl: float = 60
+    kept_ttl: float = 86_400
+    max_kept: int = 16 * 1024 * 1024
+    max_kept_total: int = 64 * 1024 * 1024
+    compression: bool = True
+    compression_threshold: int = 1024
+    json_default: Callable[[Any], Any] | None = None
     redis_url: str | None = field(default=None, repr=False)
-    bus: Bus | None = None  # what carries broadcasts in place of Redis
+    bus: Bus | None = None
 
     if not typing.TYPE_CHECKING:  # type checkers would take any name for a field
         def __setattr__(self, name: str, value: Any) -> None:
