@@ -1936,6 +1936,8 @@ class FilesTest(ServerTest):
         app.route("/zero", lambda name="\0": self.www / name)
         app.route("/folder", lambda: self.www)
         app.route("/page-404", lambda: Response(self.www / "ten.txt", 404))
+        app.route("/none", lambda: Response(self.www / "ten.txt", 204))
+        app.route("/same", lambda: Response(self.www / "ten.txt", 304))
         app.route("/posted", lambda: self.www / "ten.txt", method="POST")
         app.route("/download", lambda: Response(
             self.www / "ten.txt", content_type="text/x", headers={
@@ -2257,6 +2259,12 @@ class FilesTest(ServerTest):
             self.until(lambda: file.closed)
             self.ask(connection, "/ten.txt")
             self.assertEqual(connection.response().body, self.TEN)
+
+    def test_a_status_without_a_body_has_none(self) -> None:
+        with Connection(self.url) as connection:
+            for target, status in ("/none", 204), ("/same", 304), ("/ten.txt", 200):
+                self.ask(connection, target)
+                self.assertEqual(connection.response().status, status)
 
     def test_requests_behind_a_file_wait_for_it(self) -> None:
         data = self.big().read_bytes()

@@ -798,7 +798,7 @@ def answer_file(request: Request, given: Response, path: Path) -> Response:
                 headers.append(("Content-Range", f"bytes {start}-{stop - 1}/{size}"))
         answer = Response(status=status, headers=headers)
         answer._part = file, stop - start
-        if request.method != "HEAD":
+        if request.method != "HEAD" and status not in (204, 304):  # which have no body
             file.seek(start)
             opened.pop_all()  # the connection closes it
         return answer
@@ -1560,7 +1560,7 @@ class HTTPConnection(Connection):
                 self._unsent, self._left = io.BytesIO(data), len(data)
             elif not self._transport.is_closing():
                 self._transport.write(data)
-            if answer._part and request.method != "HEAD":
+            if answer._part and not answer._part[0].closed:
                 self._unsent, self._left = answer._part
             self._send()
             if self._buffer or self._peer_done or not self._reading:
