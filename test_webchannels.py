@@ -2327,6 +2327,9 @@ class FilesTest(ServerTest):
             for target, body in (("/big", data), ("/ten.txt", self.TEN), ("/big", data)):
                 self.ask(connection, target)
                 self.assertEqual(connection.response().body, body)
+            side = self.begin(connection)
+            self.assertLess(side._transport.get_write_buffer_size(), 400_000)
+            self.assertEqual(connection.response().body, data)
 
     def test_folders_that_cannot_be(self) -> None:
         for prefix, folder, error in (

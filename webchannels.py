@@ -1451,6 +1451,7 @@ class HTTPConnection(Connection):
         if self._transport is None or self._peer_done:
             self._gone()
         else:
+            self._transport.set_write_buffer_limits(_READ_AHEAD)  # since 3.11: eight times that
             self._done = False
             self._wait(settings.keep_alive_timeout)
             self._work()
