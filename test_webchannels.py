@@ -805,7 +805,7 @@ class RouterTest(unittest.TestCase):
                                                 {"payload", "client"})
                 if endpoint.takes_any:
                     del given["admin"]
-                self.assertEqual(endpoint(given), expected)
+                self.assertEqual(contextvars.copy_context().run(endpoint.run, given), expected)
                 given["admin"] = 4
                 self.assertEqual(endpoint.threaded, threaded)
         self.assertFalse(webchannels.Endpoint(self.found).threaded)
@@ -818,7 +818,7 @@ class RouterTest(unittest.TestCase):
         names: dict[str, Any] = {}  # before Python 3.14, annotations are evaluated at once
         exec(compile(source, "x", "exec", 0, sys.version_info >= (3, 14)), names)
         endpoint = webchannels.Endpoint(names["handler"], supplied={"payload"})
-        self.assertEqual(endpoint({"payload": 5}), 5)
+        self.assertEqual(contextvars.copy_context().run(endpoint.run, {"payload": 5}), 5)
 
     def test_bad_registrations(self) -> None:
         app = WebChannels()

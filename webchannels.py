@@ -337,19 +337,14 @@ class Endpoint:
                 raise TypeError(f"{self.name} asks for {each.name!r} ({each.kind.description}), "
                                 f"but it can ask for {', '.join(sorted(known))}, by name")
 
-    def __call__(self, given: dict[str, Any]) -> Any:
-        """Call the handler with what it takes of `given`."""
+    def run(self, given: dict[str, Any]) -> Any:
+        """Call the handler with what it takes of `given`, all of which params() has."""
+        _params.set(given)  # in a context of its own
         names = {*given} - self.bound if self.takes_any else self.takes
-        given = {name: given[name] for name in names if name in given}
         try:
-            return self.handler(**given)
+            return self.handler(**{name: given[name] for name in names if name in given})
         except StopIteration as error:  # before Python 3.12 no future can hold it
             raise RuntimeError(f"{self.name} raised StopIteration") from error
-
-    def run(self, given: dict[str, Any]) -> Any:
-        """The same, in a context of its own, where params() has `given`."""
-        _params.set(given)
-        return self(given)
 
     def tell_slow(self, seconds: float) -> None:
         """It held the event loop for so long."""
@@ -504,9 +499,10 @@ def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None; of bytes, that with its payload."""
     try:
         text = data if isinstance(data, str) else data[:data.index(b"\n")].decode()
-        text = text.lstrip(" \t\r\n")
-        if text[:1] != "{":
-            return None
+        if not text.startswith("{"):
+            text = text.lstrip(" \t\r\n")
+            if not text.startswith("{"):
+                return None
         if len(text) > _MAX_DEPTH:  # most are shorter, and there are many
             check_depth(text)
         envelope, end = _decoder.scan_once(text, 0)  # raw_decode() is slower
@@ -1775,7 +1771,7 @@ class ChannelClient(Connection):
                 if kind == TEXT or kind == BINARY or kind == HELD:
                     if not self._done:
                         app._message(self, content.decode() if kind == HELD else content)
-                        if not self._task:
+                        if self._asks and not self._task:
                             self._asks = None
                 elif kind == FAIL:
                     logger.warning("%r broke the protocol: %s %s", self, *content)
@@ -3299,16 +3295,16 @@ class WebChannels:
         path = "/"  # of what is not an envelope
         payload: Any = data
         try:
-            bare = not (client._dialect[0] or isinstance(data, str))  # bytes without an envelope
+            bare = isinstance(data, bytes) and not client._dialect[0]  # without an envelope
             envelope = None if bare else read_envelope(data)
             if envelope is not None:
                 channel, message = envelope["channel"], envelope.get("message")
                 payload, ref = envelope.get("payload"), envelope.get("ref")
                 exact = ref is None or type(ref) in (int, float) and abs(ref) <= 2 ** 53
-                origin = "", "", ref if exact else None
                 # A slash in the message could make it another channel's: /a + b/c is not /a/b + c.
                 if (not exact or type(channel) is not str or type(message) is not str
                         or "/" in message or len(channel) > _MAX_NAME or len(message) > _MAX_NAME):
+                    origin = "", "", ref if exact else None
                     raise HTTPError(400, "Bad message")
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
