@@ -1269,9 +1269,9 @@ def encode_envelope(fields: str, payload: Any,
     """The opcode and the body of a message of webchannels.v1. Raises TypeError or ValueError."""
     if isinstance(payload, _BYTES):
         return BINARY, to_utf8(f"{{{fields}}}\n") + bytes(payload)
-    if payload is not _NO_PAYLOAD:
-        fields += f',"payload":{dump_json(payload, default)}'
-    return TEXT, to_utf8(f"{{{fields}}}")
+    if payload is _NO_PAYLOAD:
+        return TEXT, to_utf8(f"{{{fields}}}")
+    return TEXT, to_utf8(f'{{{fields},"payload":{dump_json(payload, default)}}}')
 
 
 def add_fields(body: bytes, fields: bytes) -> bytes:
@@ -1818,8 +1818,10 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
+        handover = self._app._handover
         if message != "subscribe":  # which is confirmed before anything is pushed
-            self._app._here()  # what the handler's threads sent comes before
+            if handover and handover.calls:
+                handover.take()  # what the handler's threads sent comes before
         elif self.connected and not (self._let_in or channel in self.channels):
             raise mistaken(403, "/%s/subscribe did not call subscribe(client, channel)", channel)
         settings, (v1, bits) = self._app.config, self._dialect
