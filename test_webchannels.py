@@ -7437,6 +7437,7 @@ http {{
             proxy_set_header Upgrade $http_upgrade;
             proxy_set_header Connection $connection_upgrade;
         }}
+        location = /favicon.ico {{ return 204; }}
     }}
 }}
 """
