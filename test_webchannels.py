@@ -3461,6 +3461,14 @@ class MistakesTest(ServerTest):
                            f"channels_support('{name}') or a handler of /{name}/subscribe"):
                 for _ in range(3):
                     self.assertFalse(each.broadcast(name, "x"))
+        app.channel("/____/join", lambda client: app.subscribe(client, "joined"))
+        with self.subscribed() as client:
+            client.send_json({"channel": "____", "message": "join", "ref": 2})
+            self.assertEqual(client.recv_json()["payload"], True)
+        self.until(lambda: not app.connected_clients("joined"))
+        webchannels.sparing.tell_counts()
+        with no_logs("webchannels"):  # the program may let others come in
+            self.assertFalse(app.broadcast("joined", "x"))
         with self.raises(ValueError, "no slash, as in 'room': not '/____'"):
             app.broadcast(["open", "/____"], "x")
         with self.raises(TypeError, "first comes the channel, or several, not 5"):

@@ -2654,6 +2654,7 @@ class WebChannels:
         # The segments of a prefix, and what serves its folder; long prefixes first.
         self._folders: list[tuple[tuple[str, ...], dict[str, Endpoint]]] = []
         self._open: set[str] = set()  # channels that anyone may subscribe to
+        self._lets_in = False  # the program, by subscribe(), to channels that nobody can ask for
         self._history = History(self)
         self._on_connect: list[Endpoint] = []
         self._on_disconnect: list[Endpoint] = []
@@ -2877,7 +2878,8 @@ class WebChannels:
         names = [channels] if isinstance(channels, str) else list(channels)
         for name in names:
             check_name(name)
-            if not (name in self._subscribers or self._bus or self._history.rule(name)
+            if not (name in self._subscribers or self._bus or self._lets_in
+                    or self._history.rule(name)
                     or self._thread and (name in self._open or self._guarded(name))):
                 logger.warning("broadcast() to %r, where nobody can be: first come up(), and "
                                "channels_support(%r) or a handler of /%s/subscribe", *3 * [name])
@@ -3118,6 +3120,7 @@ class WebChannels:
             if channel not in self._subscribers and self._bus and not kept:
                 self._bus.listen(channel, True)
             client.channels.add(channel)
+            self._lets_in |= not (channel in self._open or self._guarded(channel))
             self._subscribers.setdefault(channel, {})[client] = None
             if kept:
                 self._history.trim(kept)
