@@ -437,7 +437,8 @@ class Chromium:
         elif page and method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             page.log("error", details.get("exception", {}).get("description") or details["text"])
-        elif page and method == "Log.entryAdded":
+        elif page and method == "Log.entryAdded" and (  # other servers may have no icon
+                not params["entry"].get("url", "").endswith("/favicon.ico")):
             page.log(params["entry"]["level"], params["entry"]["text"])
 
     def new_page(self, url: str = "about:blank") -> Page:
