@@ -2429,7 +2429,7 @@ class TimeLimitsTest(ServerTest):
         with small, serve(app, sock=small) as url:
             for last, count in ((ask, 50), (ask + b"Connection: close\r\n", 5)):
                 with socket.socket() as sock:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 131072)
                     sock.connect((urlsplit(url).hostname, urlsplit(url).port))
                     sock.sendall((ask + b"\r\n") * (count - 1) + last + b"\r\n")
                     select.select([sock], [], [], 10)
@@ -4850,6 +4850,146 @@ class KeptTest(ServerTest):
                          [threads * each, *got[0].values()])
         for thread in range(threads):
             self.assertEqual([n for t, n in whole.values() if t == thread], [*range(each)])
+
+    def test_any_schedule(self) -> None:
+        for seed in (1, random.randrange(1 << 32)):
+            with self.subTest(seed=seed):
+                self.any_schedule(random.Random(seed), f"c{seed}")
+
+    def any_schedule(self, chance: random.Random, channel: str) -> None:
+        """Random steps; beside them, what the rules alone say of each number and position."""
+        app, settings = self.app, self.app.config
+        settings.max_send_buffer, settings.shutdown_timeout = 1 << 16, 0.05
+        app.channels_support(channel)
+        app.channel("/____/id", lambda client: client.id)
+        log: list[tuple[Any, set[str], int]] = [("", set(), 0)]  # by number; the last is a weight
+        before, count, rewind, epoch = 0, 9, True, ""  # numbers up to `before` are not kept
+        app.keep(channel, count)
+        pages = [KeptPage() for _ in range(4)]
+
+        def trim() -> None:
+            nonlocal before
+            while (len(log) - 1 - before > count
+                   or 1000 + sum(each[2] for each in log[before + 1:]) > settings.max_kept):
+                before += 1
+                if before == len(log) - 1:
+                    break
+
+        def ask(page: KeptPage, about: str, message: str, **more: Any) -> JsonObject:
+            page.client.send_json({"channel": about, "message": message, "ref": 1, **more})
+            while True:
+                push = page.client.recv_envelope()
+                if push.get("ref") == 1:
+                    return push
+                take(page, push)
+
+        def take(page: KeptPage, push: JsonObject) -> None:
+            if push.get("payload") == "not kept":
+                self.assertNotIn("n", push)
+                return
+            self.assertTrue(page.there, push)
+            at = int(page.at or -1)
+            if "at" in push:  # it was too slow
+                self.assertEqual((push["missed"], push["at"][:8]), (True, epoch))
+                page.at = push["at"][9:]
+                self.assertTrue(at < int(page.at) < len(log), (at, push, before))
+                return
+            self.assertEqual(push["n"], at + 1)
+            page.at = str(push["n"])
+            data, without, _ = log[push["n"]]
+            self.assertEqual(push.get("payload"), None if page.id in without else data)
+
+        def come(page: KeptPage) -> None:
+            nonlocal epoch
+            if not page.id:
+                page.client = self.connect(subprotocol="webchannels.v1")
+                page.id = ask(page, "____", "id")["payload"]
+            since: Any = page.at and f"{epoch}.{page.at}"
+            if page.there:
+                self.assertEqual(ask(page, channel, "subscribe", since=since)["at"],
+                                 f"{epoch}.{page.at}")
+                return
+            trim()
+            last = len(log) - 1
+            known = [f"{epoch}.{number}" for number in range(before, last + 1)] if epoch else []
+            since = chance.choice(3 * [since or None] + 3 * known + [
+                None, f"{epoch}.{before - 1}", f"{epoch}.{last + 1}", f"{epoch}.{10 ** 30}",
+                f"{'f' * 8}.{last}", "", [1], f"{epoch}.-1"])
+            reply = ask(page, channel, "subscribe", **({} if since is None else {"since": since}))
+            epoch = epoch or reply["at"][:8]
+            place = before if rewind else max(before, last)
+            at = since if since in known else f"{epoch}.{place}"
+            self.assertEqual((reply["at"], "missed" in reply),
+                             (at, since is not None and since not in known), since)
+            page.at, page.there = at[9:], True
+
+        def leave(page: KeptPage) -> None:
+            if page.id:
+                page.client.close()
+                self.until(lambda: page.id not in {each.id for each in app.connected_clients()})
+            page.id, page.there = "", False
+
+        def unsubscribe(page: KeptPage) -> None:
+            if page.id:
+                ask(page, channel, "unsubscribe")
+                page.there = False
+
+        def read(page: KeptPage) -> None:
+            if page.id:
+                ask(page, "____", "echo")
+
+        def broadcast() -> None:
+            for _ in range(chance.choice([1, 1, 1, 1, 1, 1, 50])):
+                text = random_text(chance.choice([4, 400, 30_000]))
+                data: Any = chance.choice([text, text.encode()])
+                without = {each.id for each in chance.sample(pages, chance.randrange(3))}
+                app.broadcast(channel, "m", data, exclude=without)
+                app.broadcast(channel, "m", "not kept", only=[pages[0].id])
+                note(data, without)
+            app._call(lambda: None)  # all that has been done
+
+        def note(data: Any, without: set[str]) -> None:
+            nonlocal before
+            head = len(f'{{"channel":"{channel}","message":"m"}}')
+            size = 2 * (head + 13 + len(data)) if isinstance(data, str) else (
+                head + 1 + 2 * len(data))
+            log.append((data, without, 500 + size))
+            trim()
+
+        def keep() -> None:
+            nonlocal count, rewind
+            count, rewind = chance.choice([1, 3, 9, 40]), chance.random() < 0.7
+            app.keep(channel, count, rewind=rewind)
+
+        def limit() -> None:
+            settings.max_kept = chance.choice([1000, 200_000, 1 << 22])
+
+        def grow_old() -> None:
+            nonlocal before
+            with mock.patch.object(settings, "kept_ttl", -1):
+                app._call(lambda: app._history.trim(app._history.kept[channel]))
+            before = len(log) - 1
+
+        def restart() -> None:
+            app.down()
+            for page in pages:
+                leave(page)
+            app.broadcast(channel, "m", "away")
+            note("away", set())
+            listening = socket.create_server(("127.0.0.1", 0))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 200_000)  # and of all it accepts
+            self.url = app.up(sock=listening, block=False)
+
+        broadcast()
+        restart()
+        for _ in range(200):
+            chance.choice([*30 * [broadcast], keep, keep, limit, grow_old, restart])()
+            page = chance.choice(pages)
+            chance.choice([come, come, come, read, read, leave, unsubscribe])(page)
+        for page in pages:
+            if page.there:
+                self.until(lambda: read(page) or page.at == str(len(log) - 1))
+            leave(page)
 
     def test_the_clock_is_set(self) -> None:
         at = self.ask()[1]["at"]
@@ -7341,6 +7481,14 @@ sys.stdin.read()
         page.read_to(1)
         self.client(url, "a")
         self.assertEqual((self.log.lines, page.got), ([], [1]))
+
+
+class KeptPage:
+    """A page on a kept channel, as `KeptTest.any_schedule()` knows it."""
+
+    client: WebSocketClient
+    id = at = ""  # while it is connected; the number that it had last
+    there = False  # is it subscribed?
 
 
 class KeptClient:
