@@ -7469,6 +7469,12 @@ sys.stdin.read()
             self.assertEqual(fetch.call_count, 1)
         self.assertEqual(page.missed, 0)
 
+    def test_kept_while_all_that_can_break_does(self) -> None:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            self.skipTest("needs several processes on a port")
+        wrong, figures = asyncio.run(roam(self.redis, 12, 3, 5, 0.01, 0.7))
+        self.assertEqual(wrong, [], figures)
+
     def test_the_commands_that_a_user_of_redis_needs(self) -> None:
         text = (HERE / "README.md").read_text(encoding="utf-8")
         match = re.search(r"ACL SETUSER [^`]*", text)
@@ -7532,6 +7538,181 @@ class KeptClient:
 
     def read_to(self, number: int) -> None:
         self.until(lambda: self.at.endswith(f".{number}"))
+
+ROAMED = """
+import asyncio, itertools, os, sys, threading, time
+from webchannels import *
+config.redis_url, config.shutdown_timeout = sys.argv[1], 0.2
+for name in "abc":
+    keep(name, 100_000)
+channels_support("a")
+
+@channel("/b/subscribe")
+async def enter(client):
+    await asyncio.sleep(0.002)
+    subscribe(client, "b")
+    await asyncio.sleep(0.002)
+
+@channel("/c/subscribe", threaded=True)
+def enter_from_a_thread(client):
+    subscribe(client, "c")
+
+def flood():
+    for number in itertools.count():
+        if over.is_set():
+            break
+        broadcast("abc"[number % 3], "n", [os.getpid(), number])
+        time.sleep(float(sys.argv[3]))
+    print("over", flush=True)
+
+over = threading.Event()
+up(int(sys.argv[2]), block=False, reuse_port=True)
+print("up", flush=True)
+threading.Thread(target=flood).start()
+sys.stdin.readline()
+over.set()
+sys.stdin.read()
+"""
+
+
+class Roamer:
+    """A page on kept channels that comes back whenever its connection is cut."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.places = dict.fromkeys("abc", "")
+        self.got: dict[str, list[Any]] = {channel: [] for channel in "abc"}
+        self.faults: list[Any] = []
+        self.connections = 0
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.stay()
+            except (OSError, EOFError):
+                pass
+            finally:
+                self.cut()
+            await asyncio.sleep(random.random() / 10)
+
+    def cut(self) -> None:
+        if self.writer:
+            self.writer.transport.abort()
+
+    async def stay(self) -> None:
+        reader, self.writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writer.write(
+            b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
+            b"Sec-WebSocket-Protocol: webchannels.v1\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        self.connections += 1
+        for channel, place in self.places.items():
+            since = {"since": place} if place else {}
+            text = json.dumps({"channel": channel, "message": "subscribe", "ref": 1, **since})
+            self.writer.write(struct.pack("!BBxxxx", 0x80 | TEXT, 0x80 | len(text)) + text.encode())
+        while True:
+            opcode, size = await reader.readexactly(2)
+            if size > 125:
+                size = int.from_bytes(await reader.readexactly(2 if size == 126 else 8), "big")
+            data = await reader.readexactly(size)
+            if opcode == 0x80 | TEXT and data:
+                self.take(json.loads(data))
+            if random.random() < 0.001:
+                await asyncio.sleep(random.random() / 2)
+
+    def take(self, push: JsonObject) -> None:
+        place = self.places.get(push["channel"], "") if "channel" in push else ""
+        epoch, _, last = place.partition(".")
+        if "at" in push:
+            right = not place or place == push["at"]
+            self.places[push["channel"]] = push["at"]
+        elif "ref" in push:
+            right = "error" not in push
+        else:
+            right = push.get("n") == int(last or -1) + 1
+            self.places[push["channel"]] = f"{epoch}.{push['n']}"
+            self.got[push["channel"]].append(push["payload"])
+        if not right or "missed" in push:
+            self.faults.append((place, push))
+
+
+async def roam(redis: Redis, pages: int, processes: int, seconds: float, pause: float,
+               cut: float) -> tuple[list[Any], str]:
+    """Pages roam over processes that are killed, on connections that are cut, while all broadcast.
+
+    A process is replaced each second; each loses Redis each `cut` seconds. Returns what is wrong.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    reserved.bind(("127.0.0.1", 0))
+    port = reserved.getsockname()[1]
+
+    async def start() -> asyncio.subprocess.Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", ROAMED, f"redis://127.0.0.1:{redis.port}", str(port), str(pause),
+            cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout and await process.stdout.readline() == b"up\n"
+        return process
+
+    async def replace() -> None:
+        while time.monotonic() < end:
+            await asyncio.sleep(1)
+            at = random.randrange(processes)
+            running[at].kill()
+            await running[at].wait()
+            running[at] = await start()
+
+    async def cut_pages() -> None:
+        while time.monotonic() < end:
+            await asyncio.sleep(random.random() * 6 / pages)
+            random.choice(roamers).cut()
+
+    async def cut_redis() -> None:
+        while time.monotonic() < end:
+            await asyncio.sleep(cut)
+            await loop.run_in_executor(None, redis.ask, "CLIENT", "KILL", "TYPE", "pubsub")
+
+    def lists() -> dict[str, list[Any]]:
+        """What Redis has kept."""
+        answers = {each: redis.ask("LRANGE", f"webchannels/0/{each}", "0", "-1") for each in "abc"}
+        return {each: [json.loads(line.split("\n")[-1])["payload"] for line in lines
+                       if "payload" in line] for each, lines in answers.items()}
+
+    loop = asyncio.get_running_loop()
+    running = list(await asyncio.gather(*[start() for _ in range(processes)]))
+    roamers = [Roamer(port) for _ in range(pages)]
+    end = time.monotonic() + seconds
+    roaming = [asyncio.ensure_future(each.run()) for each in roamers]
+    try:
+        await asyncio.gather(replace(), cut_pages(), cut_redis())
+        for process in running:
+            assert process.stdin and process.stdout
+            process.stdin.write(b"over\n")
+            assert await process.stdout.readline() == b"over\n"
+        end = time.monotonic() + 30
+        while any(each.got != lists() for each in roamers) and time.monotonic() < end:
+            await asyncio.sleep(0.2)
+        whole = lists()
+        assert not any(each.done() for each in roaming), roaming
+    finally:
+        for each in roaming:
+            each.cancel()
+        await asyncio.gather(*roaming, return_exceptions=True)
+        for process in running:
+            process.kill()
+            await process.wait()
+        reserved.close()
+    wrong = [fault for each in roamers for fault in each.faults]
+    wrong += [each.places for each in roamers if each.got != whole]
+    for channel, got in whole.items():
+        for process_id in {each[0] for each in got}:  # of each, none is twice, missing, or late
+            numbers = [number for id, number in got if id == process_id]
+            if numbers != [*range(numbers[0], numbers[-1] + 1, 3)]:
+                wrong.append((channel, process_id, numbers))
+    connections = sum(each.connections for each in roamers)
+    return wrong, f"{sum(map(len, whole.values()))} broadcasts, {connections} connections"
 
 
 # ---- In browsers ---------------------------------------------------------------------------------
