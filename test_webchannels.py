@@ -7375,6 +7375,24 @@ sys.stdin.read()
         page.read_to(7)
         self.assertEqual(page.got, [0, 1, 2, "next", "last but one", "last", "end"])
 
+    def test_kept_what_is_sent_again_is_not_sought_in_all_that_is_kept(self) -> None:
+        one, _ = self.serving()
+        bus: Any = one._redis
+        for number in range(300):
+            one.broadcast("k", "m", number)
+        self.until(lambda: self.redis.ask("LLEN", "webchannels/0/k") == [":300"])
+        self.redis.ask("CONFIG", "RESETSTAT")
+        with mock.patch.object(bus, "_put", lambda command: bus._sent.append(command)):
+            for number in range(300, 400):
+                one.broadcast("k", "m", number)  # as if these had been on their way
+            one._call(lambda: None)
+        self.redis.ask("CLIENT", "KILL", "TYPE", "normal")
+        self.until(lambda: self.redis.ask("LLEN", "webchannels/0/k") == [":400"])
+        calls = {command: int(many) for command, many in re.findall(
+            r"cmdstat_(\w+):calls=(\d+)", " ".join(self.redis.ask("INFO", "commandstats")))}
+        self.assertNotIn("lrange", calls)
+        self.assertLess(calls["lindex"], 1000)
+
     def test_kept_a_gap_is_filled(self) -> None:
         (one, _), (two, second) = self.serving(), self.serving()
         page = self.page(second)

@@ -2243,14 +2243,21 @@ local epoch, number, _, total = header(last)
 _KEEP = _HEADER + """
 local data, fresh, ttl, forget, count, most, again = unpack(ARGV)
 if again + 0 > 0 then  -- seconds since it was sent, without an answer
-  for _, entry in ipairs(redis.call('LRANGE', key, 0, -1)) do
-    local _, _, _, _, start = header(entry)
-    if string.sub(entry, start) == data then return redis.status_reply('KEPT') end
+  local pattern, first = '^(%x+)[^\\n]-(%d+)%]\\n', 1
+  local sender, serial = string.match(data, pattern)
+  for place = -1, -redis.call('LLEN', key), -1 do
+    local entry = redis.call('LINDEX', key, place)
+    local _, n, came, _, start = header(entry)
+    local who, other = string.match(entry, pattern, start)
+    if who == sender and other == serial then return redis.status_reply('KEPT') end
+    first = n + 0
+    -- Behind what is older, or what the same process sent before, it is not.
+    if came + 0 < now - again * 1000 or who == sender and other + 0 < serial + 0 then
+      first = 1
+      break
+    end
   end
-  local _, _, oldest = header(redis.call('LINDEX', key, 0))
-  if redis.call('LLEN', key) >= count + 0 and oldest + 0 > now - again * 1000 then
-    return redis.status_reply('LOST')
-  end
+  if first > 1 then return redis.status_reply('LOST') end
 end
 number = (number or 0) + 1
 total = (total or 0) + #data + 100
