@@ -7393,6 +7393,30 @@ sys.stdin.read()
         self.assertNotIn("lrange", calls)
         self.assertLess(calls["lindex"], 1000)
 
+    def test_kept_when_redis_is_full(self) -> None:
+        (one, first), (_, second) = self.serving(), self.serving()
+        pages = [self.page(first), self.page(second)]
+        one.broadcast("k", "m", "kept")
+        for page in pages:
+            page.read_to(1)
+        other = self.client(second, "b")
+        self.redis.ask("CONFIG", "SET", "maxmemory", "1")
+        one.broadcast("k", "m", "live")
+        one.broadcast("b", "not to be kept")
+        self.assertEqual(other.recv_text(), "not to be kept")
+        for page in pages:
+            self.assertEqual(page.read(), {"channel": "k", "message": "m", "payload": "live"})
+        new = self.page(first)
+        new.read_to(1)
+        self.redis.ask("CONFIG", "SET", "maxmemory", "0")
+        one.broadcast("k", "m", "kept again")
+        for page in [*pages, new]:
+            page.read_to(2)
+        self.assertEqual([pages[0].got, new.got],
+                         [["kept", "live", "kept again"], ["kept", "kept again"]])
+        [line] = self.log.lines
+        self.assertRegex(line, "^Redis does not keep what is broadcast: .*maxmemory")
+
     def test_kept_a_gap_is_filled(self) -> None:
         (one, _), (two, second) = self.serving(), self.serving()
         page = self.page(second)

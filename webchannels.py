@@ -2262,7 +2262,11 @@ end
 number = (number or 0) + 1
 total = (total or 0) + #data + 100
 local entry = string.format('#%s.%d %d %d\\n', epoch or fresh, number, now, total) .. data
-redis.call('RPUSH', key, entry)
+local said = redis.pcall('RPUSH', key, entry)
+if type(said) == 'table' then  -- it is full, or its disk is: at least who is there gets it
+  redis.call('PUBLISH', key, data)
+  return redis.status_reply('FULL ' .. said.err)
+end
 while redis.call('LLEN', key) > 1 do
   local oldest = redis.call('LINDEX', key, 0)
   local _, _, came, size = header(oldest)
@@ -2281,8 +2285,8 @@ _FETCH = _HEADER + """
 local id, after, at, fresh, ttl, forget = unpack(ARGV)
 if not last then
   epoch, number = fresh, 0
-  redis.call('RPUSH', key, string.format('#%s.0 %d 0\\n', epoch, now))
-  redis.call('EXPIRE', key, forget)
+  redis.pcall('RPUSH', key, string.format('#%s.0 %d 0\\n', epoch, now))
+  redis.pcall('EXPIRE', key, forget)
 end
 local reply, size, more, reached = {}, 0, 0, number
 local _, first = header(redis.call('LINDEX', key, 0))
@@ -2522,9 +2526,14 @@ class RedisBus(Bus):
                         break
                     at = end
                     words = [*words[-2:], data[start:end - 2]] if match[1] else []
-                    if match[0] in (b"+KEPT\r\n", b"+LOST\r\n") and self._sent:
-                        self._sent.popleft()
-                        if match[0] == b"+LOST\r\n":
+                    said = match[0][:5]
+                    if said in (b"+KEPT", b"+LOST", b"+FULL") and self._sent:
+                        command = self._sent.popleft()
+                        if said == b"+FULL":
+                            _shown(command)
+                            logger.warning("Redis does not keep what is broadcast: %s",
+                                           match[0][6:-2].decode("utf-8", "replace"))
+                        if said == b"+LOST":
                             logger.warning("a broadcast was under way when Redis was lost, and so "
                                            "many came after it: it may be missing")
                     if (len(words) == 3 and words[0] == b"message"
