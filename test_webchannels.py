@@ -4783,11 +4783,36 @@ class KeptTest(ServerTest):
             self.tell("x" * 100, channel=f"room{number}")
             self.assertLessEqual(history._weight, 200_000)
         self.until(lambda: "room999" in history.kept)
-        self.assertEqual(history._weight, sum(each.weight for each in history.kept.values()))
+        self.assertEqual(history._weight, sum(
+            each.weight + (0 if name == "a" else webchannels._POSITION)
+            for name, each in history.kept.items()))
         self.assertNotIn("room1", history.kept)
         self.assertIs(self.ask("a", reply["at"])[1]["missed"], True)
         self.tell("next")  # it has a subscriber, and goes on
         self.assertEqual([push["n"] for push in self.all(client)], [1, 2])
+
+    def test_channels_that_clients_name_leave_room_for_the_others(self) -> None:
+        app, history = self.app, self.app._history
+        app.keep("rooms/:room", 5)
+        app.channel("/rooms/:room/subscribe",
+                    lambda client, channel: app.subscribe(client, channel))
+        app.config.max_kept_total = 100_000
+        self.tell(1)
+        client, stays = self.connect(subprotocol="webchannels.v1"), self.ask()[0]
+        for message in ("subscribe", "unsubscribe", "subscribe"):
+            for number in range(200):
+                client.send_json({"channel": f"rooms/{number}", "message": message, "ref": 1})
+                self.assertNotIn("error", client.recv_json())
+            self.tell(2)
+            self.assertLessEqual(history._weight, 100_000)
+        self.assertEqual([push["payload"] for push in self.all(stays)], [1, 2, 2, 2])
+        client.close()
+        self.until(lambda: len(app.connected_clients()) == 1)
+        self.assertEqual(self.payloads(self.ask()[0]), [1, 2, 2, 2])
+        self.assertEqual(history._weight, sum(
+            each.weight + (0 if name == "a" else webchannels._POSITION)
+            for name, each in history.kept.items()))
+        self.assertLess(len(history.kept), 80)
 
     def test_kept_before_it_serves_and_from_any_thread(self) -> None:
         app = WebChannels(Config(shutdown_timeout=0.1))
@@ -4869,10 +4894,9 @@ class KeptTest(ServerTest):
 
         def trim() -> None:
             nonlocal before
-            room = settings.max_kept - 2 * webchannels._WEIGHT
             while before < len(log) - 1 and (
                     len(log) - 1 - before > count
-                    or sum(each[2] for each in log[before + 1:]) > room):
+                    or sum(each[2] for each in log[before + 1:]) > settings.max_kept):
                 before += 1
 
         def ask(page: KeptPage, about: str, message: str, **more: Any) -> JsonObject:

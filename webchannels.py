@@ -1995,6 +1995,7 @@ class ChannelClient(Connection):
 
 _SINCE = re.compile(r"([0-9a-f]{1,32})\.([0-9]{1,15})")  # a position: epoch and number
 _WEIGHT = 800  # bytes, about, of what holds a message in memory
+_POSITION = 2 * _WEIGHT  # the same, of what holds a channel
 _REMEMBERED = 10  # times config.kept_ttl: then the position in a channel without use is forgotten
 
 
@@ -2046,7 +2047,7 @@ class Kept:
         self.epoch = new_epoch()
         self.last = 0  # the number of the last message; those that are kept are the last ones
         self.messages: collections.deque[Message] = collections.deque()
-        self.weight = 2 * _WEIGHT
+        self.weight = 0  # of the messages, in bytes
         self.used = time.monotonic()  # when it was last sent to, or its last subscriber left
         self.readers: dict[ChannelClient, Reader] = {}
         # With Redis, which numbers:
@@ -2126,7 +2127,8 @@ class History:
         self._app = app
         self.rules: Router | None = None  # if there are any
         self.kept: dict[str, Kept] = {}
-        self._weight = 0  # of all, in bytes
+        # In bytes, of all messages, and of channels without subscribers, which have other bounds.
+        self._weight = 0
         self._swept = 0.0  # when, by time.monotonic()
 
     def keep(self, channel: str, rule: Rule) -> None:
@@ -2145,8 +2147,9 @@ class History:
         """What is kept of the channel, from now on; None if nothing is to be."""
         kept = self.kept.get(channel)
         if kept is None and self.rules and (rule := self.rule(channel)):
+            if channel not in self._app._subscribers:
+                self._weigh(_POSITION)
             kept = self.kept[channel] = Kept(channel, rule)
-            self._weight += kept.weight
             self._app._begin_to_keep(kept)
         return kept
 
@@ -2168,8 +2171,7 @@ class History:
         kept.weight += weight
         self._weight += weight
         self.trim(kept)
-        if self._weight > self._app.config.max_kept_total:
-            self._make_room()
+        self._weigh(0)
         return message
 
     def jump(self, kept: Kept, epoch: str, last: int) -> None:
@@ -2195,16 +2197,18 @@ class History:
             kept.weight -= weight
             self._weight -= weight
 
-    def _make_room(self) -> None:
-        limit = self._app.config.max_kept_total
+    def _weigh(self, more: int) -> None:
+        limit, self._weight = self._app.config.max_kept_total, self._weight + more
+        if self._weight <= limit:
+            return
         logger.warning("config.max_kept_total is reached: the channels used least are not kept")
-        for kept in sorted(self.kept.values(), key=lambda each: each.used):
+        for kept in sorted(self.kept.values(), key=lambda each: (each.last > 0, each.used)):
             if self._weight > limit - limit // 8:
                 self.forget(kept)
 
     def _empty(self, kept: Kept) -> None:
-        self._weight -= kept.weight - 2 * _WEIGHT
-        kept.weight = 2 * _WEIGHT
+        self._weight -= kept.weight
+        kept.weight = 0
         kept.messages.clear()
 
     def forget(self, kept: Kept) -> None:
@@ -2212,7 +2216,15 @@ class History:
         self._empty(kept)
         if self._app._end_keeping(kept):
             del self.kept[kept.channel]
-            self._weight -= kept.weight
+            self._weight -= _POSITION
+
+    def rest(self, kept: Kept) -> None:
+        """Its last subscriber has left."""
+        if self._app._redis:  # which has it all
+            self._weight += _POSITION
+            self.forget(kept)
+        else:
+            self._weigh(_POSITION)
 
     def sweep(self) -> None:
         """Let go of what is old."""
@@ -3133,8 +3145,11 @@ class WebChannels:
             if len(client.channels) >= self.config.max_subscriptions:
                 raise ChannelError("Too many subscriptions")
             kept = self._history.find(channel)
-            if channel not in self._subscribers and self._bus and not kept:
-                self._bus.listen(channel, True)
+            if channel not in self._subscribers:
+                if kept:
+                    self._history._weight -= _POSITION
+                elif self._bus:
+                    self._bus.listen(channel, True)
             client.channels.add(channel)
             self._lets_in |= not (channel in self._open or self._guarded(channel))
             self._subscribers.setdefault(channel, {})[client] = None
@@ -3164,8 +3179,8 @@ class WebChannels:
         if not subscribers and self._subscribers.pop(channel, None) is not None:
             if kept is None:
                 self._unlisten(channel)
-            elif self._redis:  # which has it all
-                self._history.forget(kept)
+            else:
+                self._history.rest(kept)
         return subscribed
 
     def _unlisten(self, channel: str) -> None:
