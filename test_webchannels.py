@@ -2331,6 +2331,12 @@ class FilesTest(ServerTest):
             side = self.begin(connection)
             self.assertLess(side._transport.get_write_buffer_size(), 400_000)
             self.assertEqual(connection.response().body, data)
+            with no_logs("asyncio"):  # it would warn of each piece that nobody gets any more
+                for _ in range(20):
+                    with Connection(url) as leaving:
+                        self.ask(leaving)
+                        leaving.sock.recv(1000)
+                self.until(lambda: len(self.app._http) == 1)
 
     def test_folders_that_cannot_be(self) -> None:
         for prefix, folder, error in (

@@ -3244,7 +3244,9 @@ class WebChannels:
         self._freed, waited = True, bool(self._line)
         begun = now = time.monotonic()
         try:
-            while self._line and now <= begun + _TURN:
+            for _ in range(len(self._line)):  # not those that line up again
+                if now > begun + _TURN:
+                    break
                 connection = self._line.popleft()
                 connection._in_line = False
                 connection._work(my_turn=True)
