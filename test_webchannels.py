@@ -1196,27 +1196,31 @@ class FrameReaderTest(unittest.TestCase):
             self.assertLess(peak, most)
 
     def test_how_much_a_message_may_inflate(self) -> None:
-        def inflating(to: int) -> bytes:
-            return frame(BINARY, packed(bytes(to)), rsv=4)
+        def inflating(to: int, opcode: int = TEXT) -> bytes:
+            return frame(opcode, packed(bytes(to)), rsv=4)
 
         small, large = inflating(16_000), inflating(70_000)
-        self.assertEqual(events([small] * 4 + [frame(BINARY)], 1 << 20, 1), [
-            *[(BINARY, bytes(16_000))] * 4, (BINARY, b"")])
+        self.assertEqual(events([small] * 4 + [frame(TEXT)], 1 << 20, 1), [
+            *[(TEXT, "\0" * 16_000)] * 4, (TEXT, "")])
         self.assertEqual(events([small] * 5, 1 << 20, 1)[-1], (-1, 1009))  # all together
         self.assertEqual(events([large], 1 << 20, 1), [(-1, 1009)])
-        self.assertEqual(events([large] * 9, 1 << 20, 2000), [(BINARY, bytes(70_000))] * 9)
+        self.assertEqual(events([large] * 9, 1 << 20, 2000), [(TEXT, "\0" * 70_000)] * 9)
         # In parts: as soon as it is too much.
-        parts = [frame(BINARY, packed(bytes(70_000))[:-1], rsv=4, fin=False)]
+        parts = [frame(TEXT, packed(bytes(70_000))[:-1], rsv=4, fin=False)]
         self.assertEqual(events(parts, 1 << 20, 1), [(-1, 1009)])
-        # What is stored as it was gives back what the others took.
-        data = os.urandom(40_000)
-        stored = frame(BINARY, packed(data), rsv=4)
+        # What shrinks little gives back what the others took.
+        text = base64.b64encode(os.urandom(30_000))
+        stored = frame(TEXT, packed(text), rsv=4)
         self.assertEqual(events([small, stored] * 9, 1 << 20, 2), [
-            (BINARY, bytes(16_000)), (BINARY, data)] * 9)
+            (TEXT, "\0" * 16_000), (TEXT, text.decode())] * 9)
         reader = webchannels.FrameReader(1 << 20, 1)
         for _ in range(9):
-            self.assertEqual(reader.receive(small), [(BINARY, bytes(16_000))])
+            self.assertEqual(reader.receive(small), [(TEXT, "\0" * 16_000)])
             reader.refill()
+        # Bytes may be all zeros, as a silent sound is, or an empty picture.
+        silence = inflating(1 << 20, BINARY)
+        self.assertEqual(events([silence] * 3, 1 << 20, 1), [(BINARY, bytes(1 << 20))] * 3)
+        self.assertEqual(events([inflating(1 << 20, BINARY)], (1 << 20) - 1, 1), [(-1, 1009)])
 
     def test_a_deflated_frame_cannot_be_much_longer_than_a_message(self) -> None:
         for opcode, more in ((BINARY, b""), (CONTINUATION, frame(BINARY, b"\0", rsv=4, fin=False))):
@@ -2964,13 +2968,14 @@ class HandshakeTest(ServerTest):
         app.on_connect(self.come)
         self.came: list[Request] = []
 
-    def come(self, client: ChannelClient, request: Request) -> None:
+    def come(self, client: ChannelClient, request: Request) -> bool | None:
         self.came.append(request)
         client.send("welcome")
         if "refuse" in request.query:
             raise HTTPError(int(request.query[-3:]), "Go away")
         if "fail" in request.query:
             raise RuntimeError("secret")
+        return False if "false" in request.query else None
 
     HEAD = {"Host": "localhost", "Connection": "Upgrade", "Upgrade": "websocket",
             "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
@@ -3027,6 +3032,11 @@ class HandshakeTest(ServerTest):
                 self.connect_to(f"/socket?refuse={status}")
             self.assertEqual((refused.exception.reply.status, refused.exception.reply.body),
                              (status, b"Go away"))
+        with self.assertLogs("webchannels", "WARNING") as logs, \
+                self.assertRaises(Refused) as refused:
+            self.connect_to("/socket?false")
+        self.assertEqual(refused.exception.reply.status, 403)
+        self.assertIn(" refused 127.0.0.1: 403 Forbidden", logs.output[0])
         with self.assertRaises(Refused) as refused:
             self.connect_to("/socket?fail")
         self.assertEqual(refused.exception.reply.status, 500)

@@ -130,7 +130,7 @@ class Config:
         names only (DNS rebinding).
     max_header_size, max_body_size: of a request; past them 431 or 414, and 413.
     max_message_size: of a WebSocket message, inflated; past it close 1009.
-    max_inflation: times a message may inflate (and 64 KiB a second); past it close 1009.
+    max_inflation: times a text may inflate (and 64 KiB a second); past it close 1009.
     max_clients: WebSockets, and as many HTTP connections; past it 503.
     max_subscriptions: channels for each client.
     max_threads: for threaded=True handlers; when all are busy, the next one waits.
@@ -498,7 +498,7 @@ def check_depth(text: str) -> None:
 def read_envelope(data: str | bytes) -> dict[str, Any] | None:
     """The JSON object with a "channel" that this is, or None; of bytes, that with its payload."""
     try:
-        text = data if isinstance(data, str) else data[:data.index(b"\n")].decode()
+        text = data if isinstance(data, str) else data[:data.index(b"\n", 0, 8192)].decode()
         if not text.startswith("{"):
             text = text.lstrip(" \t\r\n")
             if not text.startswith("{"):
@@ -1130,14 +1130,16 @@ class FrameReader:
         self._left -= len(part)
         last = self._final and not self._left
         message.arrived += len(part)
-        credit = self._credit + self._max_inflation * message.arrived
+        credit = self._max  # of bytes: inflating them takes little, making sense of a text much
+        if message.opcode == TEXT:
+            credit = self._credit + self._max_inflation * message.arrived
         before = message.size
         whole = message.add(unmask(part, self._mask), last, self._max, credit)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
         if message.inflater:
             self._inflated += message.size - before
         if last:
-            if message.inflater:
+            if message.inflater and message.opcode == TEXT:
                 self._credit = min(credit - message.size, _CREDIT)
             events.append((message.opcode, whole))
             self._message = None
@@ -2791,7 +2793,7 @@ class WebChannels:
     def on_connect(self, handler: H = None) -> H:  # type: ignore[assignment]
         """Call `handler` before a WebSocket handshake is accepted; a decorator.
 
-        It may take `client` and `request`, and refuse: `raise HTTPError(401)`. It may already
+        It may take `client` and `request`, and refuse by HTTPError, or False (403). It may already
         `client.send()`, but the client is not connected yet, so it cannot be subscribed. Handlers
         add up, and are called in order; a function that is defined again takes its own place.
         Example: on_connect(lambda client: client.send("Welcome"))
@@ -3480,7 +3482,12 @@ class WebChannels:
         head, dialect = accept_handshake(request, self.config.compression)
         client = ChannelClient(self, request, dialect, head)
         for endpoint in list(self._on_connect):
-            await self._invoke(endpoint, {"client": client, "request": request})
+            try:
+                if await self._invoke(endpoint, {"client": client, "request": request}) is False:
+                    raise HTTPError(403)
+            except HTTPError as error:
+                logger.warning("%s refused %s: %s", endpoint.name, request.address, error)
+                raise
         return client
 
     def _check_host(self, request: Request) -> None:
