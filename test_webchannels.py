@@ -4807,6 +4807,16 @@ class KeptTest(ServerTest):
         self.tell("next")  # it has a subscriber, and goes on
         self.assertEqual([push["n"] for push in self.all(client)], [1, 2])
 
+    def test_missed_is_told_once(self) -> None:
+        self.app.keep("a", 200)
+        self.tell(*200 * [random_text(50_000)])  # more than is sent before it asks again
+        client = self.ask(since="00000000.1")[0]
+        client.send_json({"channel": "a", "message": "subscribe", "ref": 2})
+        push = client.recv_json()
+        while "ref" not in push:
+            number, push = push["n"], client.recv_json()
+        self.assertEqual((push["at"].split(".")[1], "missed" in push), (str(number), False))
+
     def test_channels_that_clients_name_leave_room_for_the_others(self) -> None:
         app, history = self.app, self.app._history
         app.keep("rooms/:room", 5)

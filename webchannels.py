@@ -2088,8 +2088,8 @@ class Kept:
     def tell(self, client: ChannelClient) -> bytes:
         """The members of a JSON object that tell a subscriber where it is."""
         reader = self.readers.get(client) or Reader(at=self.last)
-        reader.told = True
         missed = ',"missed":true' if reader.missed else ""
+        reader.told, reader.missed = True, False
         return to_utf8(f'"channel":{_quote(self.channel)},"at":"{self.epoch}.{reader.at}"{missed}')
 
     def read(self, client: ChannelClient) -> bytes:
