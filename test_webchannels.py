@@ -74,6 +74,8 @@ HERE = Path(__file__).resolve().parent
 JsonObject = dict[str, Any]
 CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 NO_HANDLER = "ERROR : 404 - Not found: no handler for the message "
+BAD_MESSAGE = ("ERROR : 400 - Bad message: a channel as in 'room', a message as in 'say', without "
+               "a slash, each of at most 256 characters")
 
 # ---- HTTP over a real socket ---------------------------------------------------------------------
 
@@ -1462,7 +1464,9 @@ class HttpTest(ServerTest):
                 ("/hi/bob/x", 404, None, None), ("/hi/%ff/5", 400, None, None),
                 ("/late/bob?name=eve&q=1", 200, None, b"bob1"),
                 ("/any/bob?q=1", 200, None, b'["name","q","request"]'),
-                ("/needs", 400, None, b"The parameter who is missing, and has no default"),
+                ("/needs", 400, None,
+                 b"The parameter who of /needs is missing, and has no default (a body counts if "
+                 b"its Content-Type is that of a form, or of JSON)"),
                 ("/needs?who=me", 200, None, b"me"), ("/needs?%ff=%ff", 400, None, None),
                 ("/needs?who=1&who=2", 200, None, b"2")):
             with self.subTest(path):
@@ -3190,15 +3194,15 @@ class WhoMayComeInTest(ServerTest):
         app.channel("/:name/subscribe",
                     lambda name, client, channel: app.subscribe(client, channel))
         client = self.connect()
-        for size, answer in ((256, "true"), (257, "ERROR : 400 - Bad message"),
-                             (100_000, "ERROR : 400 - Bad message")):
+        for size, answer in ((256, "true"), (257, BAD_MESSAGE),
+                             (100_000, BAD_MESSAGE)):
             client.send_json({"channel": "x" * size, "message": "subscribe"})
             reply = client.recv_text()
             self.assertEqual(json.loads(reply)["payload"] if size == 256 else reply,
                              True if size == 256 else answer)
             client.send_json({"channel": "____", "message": "y" * size})
             self.assertEqual(client.recv_text(), f"{NO_HANDLER}/____/{'y' * 256}" if size == 256
-                             else "ERROR : 400 - Bad message")
+                             else BAD_MESSAGE)
         self.assertEqual([*app.subscriptions()], ["x" * 256])
         with self.assertRaisesRegex(ValueError, "name has 1 to 256"):
             app.subscribe(app.connected_clients()[0], "x" * 257)
@@ -3308,9 +3312,11 @@ class LogTest(ServerTest):
         self.assertRegex(lines[0], f"^INFO <ChannelClient .*{evil}: {NO_HANDLER}{evil}$")
         self.assertEqual(lines[1], f"INFO 49 more like this: {lines[0][5:]}")
         lines = [line for line in said if line.startswith("WARNING")]
-        self.assertEqual(len(lines), 2, lines)
+        self.assertEqual(len(lines), 4, lines)
         self.assertRegex(lines[0], f"^WARNING Not found: no handler for the message {evil}$")
-        self.assertEqual(lines[1], f"WARNING 2 more like this: {lines[0][8:]}")
+        self.assertTrue(lines[1].startswith("WARNING Bad message: "), lines)
+        self.assertEqual(lines[2:], [f"WARNING {count} more like this: {line[8:]}"
+                                     for count, line in ((2, lines[0]), (46, lines[1]))])
 
     def test_each_failure_is_told_once_then_counted(self) -> None:
         def one(payload: Any) -> None:
@@ -3377,6 +3383,19 @@ class MistakesTest(ServerTest):
 
     def raises(self, kind: type[Exception], *texts: str) -> Any:
         return self.assertRaisesRegex(kind, "(?s)" + ".*".join(map(re.escape, texts)))
+
+    def test_origins_that_are_none(self) -> None:
+        for origin in "example.com", "https://example.com/", "*.example.com", "null":
+            app = WebChannels()
+            app.config.allowed_origins = origin
+            with self.raises(ValueError, "'https://example.com', or '*'", repr(origin)):
+                app.up(0, block=False)
+
+    def test_the_address_is_one_that_is_answered(self) -> None:
+        app = WebChannels()
+        app.config.allowed_hosts = ["*", "live.example"]
+        with serve(app, host="0.0.0.0") as url:
+            self.assertEqual(url, f"http://live.example:{app.port}")
 
     def test_fields_of_config(self) -> None:
         wrong: list[tuple[str, Any, type[Exception], str]] = [
@@ -3760,12 +3779,12 @@ class MessagesTest(ServerTest):
                     {"channel": "____", "message": "echo", "ref": 10 ** 30},
                     {"channel": "____", "message": "e/cho"}):
             plain.send_json(bad)
-            self.assertEqual(plain.recv_text(), "ERROR : 400 - Bad message", bad)
+            self.assertEqual(plain.recv_text(), BAD_MESSAGE, bad)
             about: JsonObject = {"ref": 7}  # the answer has it, if it is one
             v1.send_json({**about, **bad})
             if "ref" in bad:
                 about = {"channel": "", "message": ""}
-            self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", **about}, bad)
+            self.assertEqual(v1.recv_json(), {"error": BAD_MESSAGE, **about}, bad)
         plain.send_text('{"channel":' + "[" * 100_000)
         self.assertIn(plain.recv_text(), ("ERROR : 400 - JSON nested too deep", nothing))
         plain.send_text('{"channel":' + "9" * 100_000 + "}")
@@ -3854,8 +3873,8 @@ class MessagesTest(ServerTest):
                         {"channel": "x" * 257, "message": "a"}, {"channel": "____"},
                         {"channel": "____", "message": "x" * 257}):
                 v1.send_json({**bad, "ref": 7}, b"abc")
-                self.assertEqual(v1.recv_json(), {"error": "ERROR : 400 - Bad message", "ref": 7})
-        self.assertEqual(len(logs.output), 1, logs.output)  # the others of its kind are counted
+                self.assertEqual(v1.recv_json(), {"error": BAD_MESSAGE, "ref": 7})
+        self.assertEqual(len(logs.output), 2, logs.output)  # one of each kind
         v1.send_json(json.loads(good), b"abc")
         self.assertEqual(v1.recv_envelope(), {"ref": 1, "payload": b"abc"})
 

@@ -3345,7 +3345,9 @@ class WebChannels:
                 if (not exact or type(channel) is not str or type(message) is not str
                         or "/" in message or len(channel) > _MAX_NAME or len(message) > _MAX_NAME):
                     origin = "", "", ref if exact else None
-                    raise HTTPError(400, "Bad message")
+                    raise mistaken(400, "Bad message: a channel as in 'room', a message as in "
+                                   "'say', without a slash, each of at most %d characters",
+                                   _MAX_NAME)
                 origin = channel, message, ref
                 path = f"/{channel}/{message}"
                 if message == "subscribe":
@@ -3450,7 +3452,9 @@ class WebChannels:
             given[None] = request  # its parameters are read when the handler asks for them
         for name in endpoint.required:
             if name not in given:
-                raise mistaken(400, "The parameter %s is missing, and has no default", name)
+                raise mistaken(400, "The parameter %s of %s is missing, and has no default (a body "
+                               "counts if its Content-Type is that of a form, or of JSON)", name,
+                               request.path)
         result = await self._invoke(endpoint, given)
         if result is None:
             if method == "GET" and not endpoint.told:
@@ -3593,6 +3597,10 @@ class WebChannels:
 
     async def _serve(self, ready: concurrent.futures.Future[str], done: threading.Event,
                      *where: Any) -> None:
+        for origin in self.config.allowed_origins or ():
+            if origin != "*" and not parse_origin(origin):
+                raise ValueError("config.allowed_origins are as in 'https://example.com', or '*': "
+                                 f"not {origin!r}")
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._loop is not None and not self._loop.is_closed():
@@ -3700,8 +3708,10 @@ class WebChannels:
             self.url = f"{scheme}+unix://{urllib.parse.quote(names[0], safe='')}"
             return
         address, self.port = names[0][:2]
-        shown = "localhost" if address in ("0.0.0.0", "::") else address
-        shown = f"[{shown}]" if ":" in shown else shown
+        if address in ("0.0.0.0", "::"):
+            names = [each for each in self.config.allowed_hosts or () if each != "*"]
+            address = [*names, "localhost"][0]
+        shown = f"[{address}]" if ":" in address else address
         self.url = f"{scheme}://{shown}:{self.port}"
 
     async def _listen_again(self, sock: Any) -> None:
