@@ -7486,6 +7486,15 @@ sys.stdin.read()
         [line] = self.log.lines
         self.assertRegex(line, "^Redis does not keep what is broadcast: .*maxmemory")
 
+    def test_kept_when_redis_answers_with_errors_only(self) -> None:
+        self.redis.ask(*"ACL SETUSER live on >x ~* &* +@all -eval".split())
+        one, url = self.serving(f"redis://live:x@127.0.0.1:{self.redis.port}")
+        page = self.page(url)
+        for number in range(3):
+            one.broadcast("k", "m", number)
+            self.assertEqual(page.read(), {"channel": "k", "message": "m", "payload": number})
+        self.assertIn("no permissions to run the 'eval' command", self.log.lines[0])
+
     def test_kept_a_gap_is_filled(self) -> None:
         (one, _), (two, second) = self.serving(), self.serving()
         page = self.page(second)

@@ -2504,16 +2504,18 @@ class RedisBus(Bus):
                 self._write(b"PING")
             logger.warning("lost Redis at %s:%d (%s): up to %d bytes of broadcasts wait",
                            *self._where, self._reading.result(), self._limit, extra=ALWAYS)
-            pause = _RETRY / 8
+            pause, refused = _RETRY / 8, False
             while not self._ready or self._reading.done():
                 self._lose()
+                if refused:  # until it is back, our own pages see all at once
+                    self._away = True
+                    self._keeps = collections.deque(map(_shown, self._keeps))
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2 * pause, _RETRY)
                 try:
                     await self._connect()
-                except ConnectionError:  # until it is back, our own pages see all at once
-                    self._away = True
-                    self._keeps = collections.deque(map(_shown, self._keeps))
+                except ConnectionError:
+                    refused = True
                     continue
                 self._away = False
                 self._fetches.clear()
@@ -2522,6 +2524,7 @@ class RedisBus(Bus):
                 # What is not to be kept waits until the other processes are back, too.
                 await asyncio.wait([self._reading], timeout=2 * _RETRY)
                 self._ready = True
+                refused = self._reading.done() and self._reading.result().startswith("it said")
             logger.warning("Redis at %s:%d is back", *self._where, extra=ALWAYS)
             self._write()
 
