@@ -1269,10 +1269,10 @@ class Push:
 def encode_envelope(fields: str, payload: Any,
                     default: Callable[[Any], Any] | None) -> tuple[int, bytes]:
     """The opcode and the body of a message of webchannels.v1. Raises TypeError or ValueError."""
-    if isinstance(payload, _BYTES):
-        return BINARY, to_utf8(f"{{{fields}}}\n") + bytes(payload)
     if payload is _NO_PAYLOAD:
         return TEXT, to_utf8(f"{{{fields}}}")
+    if isinstance(payload, _BYTES):
+        return BINARY, to_utf8(f"{{{fields}}}\n") + bytes(payload)
     return TEXT, to_utf8(f'{{{fields},"payload":{dump_json(payload, default)}}}')
 
 
@@ -1833,9 +1833,9 @@ class ChannelClient(Connection):
             kept = self._app._history.kept.get(channel) if self._asks else None
             if kept and kept.knows(self):
                 body = add_fields(body, kept.tell(self))  # it confirms a subscription
-        elif isinstance(result, str) and not v1:
+        elif not v1 and isinstance(result, str):
             body = to_utf8(result)
-        elif isinstance(result, _BYTES) and not v1:
+        elif not v1 and isinstance(result, _BYTES):
             opcode, body = BINARY, bytes(result)
         elif result is None:
             return
@@ -3338,7 +3338,8 @@ class WebChannels:
         path = "/"  # of what is not an envelope
         payload: Any = data
         try:
-            bare = isinstance(data, bytes) and not client._dialect[0]  # without an envelope
+            is_text = isinstance(data, str)
+            bare = not (is_text or client._dialect[0])  # bytes without an envelope
             envelope = None if bare else read_envelope(data)
             if envelope is not None:
                 channel, message = envelope["channel"], envelope.get("message")
@@ -3355,7 +3356,7 @@ class WebChannels:
                 path = f"/{channel}/{message}"
                 if message == "subscribe":
                     client._asks, client._let_in = (channel, envelope.get("since")), False
-            elif not bare and isinstance(data, bytes):
+            elif not (bare or is_text):
                 raise HTTPError(400, "A binary message is an envelope, a line feed, and bytes")
             found = self._channels.find(path)
             if found:
@@ -3370,7 +3371,7 @@ class WebChannels:
             else:
                 self._now = time.monotonic()
                 result = self._default(client, path, *origin[:2])
-            if isinstance(result, asyncio.Future):
+            if result.__class__ is not str and isinstance(result, asyncio.Future):
                 client._reply_later(origin, result)
             else:
                 client._reply(origin, result)
