@@ -2443,7 +2443,7 @@ class TimeLimitsTest(ServerTest):
         with small, serve(app, sock=small) as url:
             for last, count in ((ask, 50), (ask + b"Connection: close\r\n", 5)):
                 with socket.socket() as sock:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 131072)
+                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
                     sock.connect((urlsplit(url).hostname, urlsplit(url).port))
                     sock.sendall((ask + b"\r\n") * (count - 1) + last + b"\r\n")
                     select.select([sock], [], [], 10)
@@ -5101,12 +5101,14 @@ class KeptTest(ServerTest):
             self.app = apps[0]
             self.until(lambda: "a" in wires[0].wanted)
             apps[1].broadcast("a", "m", 1)
+            self.until(lambda: apps[0]._history.kept["a"].last == 2)
             client, reply = self.ask()
             self.assertEqual(self.payloads(client), ["early", 1])
             at = reply["at"].replace(".0", ".2")
             client.close()
             self.until(lambda: not apps[0].connected_clients())
             apps[1].broadcast("a", "m", 2)  # while nobody is subscribed there
+            self.until(lambda: apps[0]._history.kept["a"].last == 3)
             client, reply = self.ask(since=at)
             self.assertEqual((reply["at"], self.payloads(client)), (at, [2]))
             wires[0].missed()
