@@ -3597,6 +3597,7 @@ class MistakesTest(ServerTest):
     def test_what_is_of_the_wrong_kind(self) -> None:
         app = self.app
         any_: Any = app
+        text: Any = "404"
         wrong: list[tuple[Callable[[], Any], str]] = [
             (lambda: any_.route("/", "hello"), "a handler is a function (and"),
             (lambda: any_.channel("/a/b", "hello"), "a handler is a function (and"),
@@ -3604,8 +3605,8 @@ class MistakesTest(ServerTest):
             (lambda: any_.on_disconnect(), "has no parentheses"),
             (lambda: any_.subscribe("room", None), "first comes the client, then the channel"),
             (lambda: any_.channels_support(5), "a channel's name is a str, not 5"),
-            (lambda: HTTPError("404"), "the status of an answer is an int, not '404'"),  # type: ignore[arg-type]
-            (lambda: Response("x", "404"), "the status of an answer is an int"),  # type: ignore[arg-type]
+            (lambda: HTTPError(text), "the status of an answer is an int, not '404'"),
+            (lambda: Response("x", text), "the status of an answer is an int"),
             (lambda: any_.up("0.0.0.0", block=False), "up(8000, '0.0.0.0'), not '0.0.0.0'"),
             (lambda: any_.up(0.0, block=False), "the port is an int"),
             (lambda: any_.up(0, ssl="cert.pem", block=False), "load_cert_chain('cert.pem', ")]
@@ -9367,7 +9368,7 @@ class ReadmeTest(BrowserTest):
                 page.wait_for(f"answer.textContent === {text!r} && answer.className === {kind!r}")
                 if not kind:
                     other.wait_for(f"slider.valueAsNumber === {number}")
-            program.expect("NotImplementedError: the page must not see this")
+            program.expect("RuntimeError: the page must not see this")
 
     def test_upload_and_download(self) -> None:
         with self.start("Upload and download"):

@@ -21,11 +21,11 @@ are `def` or `async def`; they take nothing and ask `params()`, or take what the
 pushes to every subscriber of a channel, `keep()` lets those that were away have what they missed,
 and `connected_clients()` lists who is there.
 
-In the page, `WebChannels` has `sendMessageTo(channel, message, payload)`, `request()` with the same
-and `{timeout, signal}` for the reply, `channel("/room/:name", (payload, {name}) => …)` for what is
-broadcast with a payload, `subscribe(channel)`, `unsubscribe(channel)`, `open()`, `close()`, `state`
-and `address`, and the events `state`, `open`, `close`, `subscribed`, `missed`, `message`, `error`
-and `debug`. A broadcast without a payload goes to `window.parse_payload(text)`.
+In the page, `WebChannels` has `sendMessageTo(channel, message, payload)`, `request()` with the
+same and `{timeout, signal}` for the reply, `channel("/room/:name", (payload, {name}) => …)` for
+what is broadcast with a payload, `subscribe(channel)`, `unsubscribe(channel)`, `open()`,
+`close()`, `state` and `address`, and the events `state`, `open`, `close`, `subscribed`, `missed`,
+`message`, `error` and `debug`. A broadcast without a payload goes to `window.parse_payload(text)`.
 
 The rooms of this file, in the order in which data flows: config, log, router, messages, http,
 websocket, connections, history, bus, app, default app, channels.js, demo.

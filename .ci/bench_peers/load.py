@@ -2,7 +2,7 @@
 
 `load.py '{"work": "echo", "port": 8000, "server_pid": 123, …}'` prints one line of JSON. The first
 reply to each client is compared byte for byte: all servers are seen to do the same work. Where
-"library" names load.c, compiled, that does what is repeated, and compares all the other replies.
+"compiled" names load.c, compiled, that does what is repeated, and compares all the other replies.
 """
 import ctypes
 import gc
@@ -71,7 +71,7 @@ def repeat(step: Callable[[], int]) -> Work:
 class Load:
     def __init__(self, job: Dict[str, Any]) -> None:
         self.job = job
-        self.library = (ctypes.CDLL(job["library"], use_errno=True) if job.get("library")
+        self.compiled = (ctypes.CDLL(job["compiled"], use_errno=True) if job.get("compiled")
                         else None)
         self.handshake = HANDSHAKE.format(job["port"]).encode()
         self.poll = select.epoll()
@@ -124,7 +124,7 @@ class Load:
                unchecked: int = 0, count: int = 1) -> Work:
         """A function of load.c; `size` is that of one request, where there are several."""
         job = Job(request, reply, size or len(request), len(reply), unchecked, count)
-        function, at = getattr(self.library, name), (ctypes.c_long * (1 << 16))()
+        function, at = getattr(self.compiled, name), (ctypes.c_long * (1 << 16))()
         function.restype = ctypes.c_long
 
         def work(until: float) -> int:
@@ -197,7 +197,7 @@ class Load:
             return total
         for _ in range(self.job["clients"]):
             add()
-        if self.library and keep_alive:
+        if self.compiled and keep_alive:
             self.kept += [sock for sock, *_ in connections.values()]
             return self.native("pump", bytes(burst), reply, size=size, unchecked=unchecked)
         return repeat(step)
@@ -215,7 +215,7 @@ class Load:
             self.poll.register(sock, select.EPOLLIN)
             receive[sock.fileno()] = sock.recv
         count = len(receive) * (BURST if thread else 1)
-        if self.library:
+        if self.compiled:
             return self.native("fanout", shout, news, self.kept[0].fileno(), count=count)
 
         def step() -> int:
@@ -230,7 +230,7 @@ class Load:
     def connect(self) -> Work:
         """`clients` at a time: connect, upgrade, closing handshake, end of the stream."""
         farewell = frame(struct.pack("!H", 1000), opcode=CLOSE)
-        if self.library:
+        if self.compiled:
             return self.native("churn", self.handshake, farewell, self.job["port"],
                                count=self.job["clients"])
 
