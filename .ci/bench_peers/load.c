@@ -79,23 +79,35 @@ static long take(int fd, long *at, const struct job *job)
     return replies;
 }
 
-/* A request for each reply. `at` has the bytes received of an unfinished reply, by descriptor. */
+/* What has come at all connections; `asking`: a request for each reply. `at` has the bytes received
+   of an unfinished reply, by descriptor. */
+static long collect(int poll, long *at, struct job *job, int asking)
+{
+    long total = 0;
+    int found = ready(poll, job);
+    if (found < 0)
+        return found;
+    for (int each = 0; each < found; each++) {
+        int fd = events[each].data.fd;
+        long replies = take(fd, &at[fd], job);
+        if (replies < 0)
+            return replies;
+        if (asking && send_all(fd, job->request, replies * job->request_size))
+            return FAILED;
+        total += replies;
+    }
+    return total;
+}
+
+/* A request for each reply. */
 long pump(int poll, long *at, struct job *job)
 {
     long total = 0;
     while (now() < job->until) {
-        int found = ready(poll, job);
-        if (found < 0)
-            return found;
-        for (int each = 0; each < found; each++) {
-            int fd = events[each].data.fd;
-            long replies = take(fd, &at[fd], job);
-            if (replies < 0)
-                return replies;
-            if (send_all(fd, job->request, replies * job->request_size))
-                return FAILED;
-            total += replies;
-        }
+        long replies = collect(poll, at, job, 1);
+        if (replies < 0)
+            return replies;
+        total += replies;
     }
     return total;
 }
@@ -108,16 +120,10 @@ long fanout(int poll, long *at, struct job *job, int first)
         if (send_all(first, job->request, job->request_size))
             return FAILED;
         for (long missing = job->count; missing > 0;) {
-            int found = ready(poll, job);
-            if (found < 0)
-                return found;
-            for (int each = 0; each < found; each++) {
-                int fd = events[each].data.fd;
-                long replies = take(fd, &at[fd], job);
-                if (replies < 0)
-                    return replies;
-                missing -= replies, total += replies;
-            }
+            long replies = collect(poll, at, job, 0);
+            if (replies < 0)
+                return replies;
+            missing -= replies, total += replies;
         }
     }
     return total;
