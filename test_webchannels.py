@@ -3866,7 +3866,8 @@ class MessagesTest(ServerTest):
                          good + b"x\nabc", good.replace(b"echo", b"ech\xff") + b"\nabc",
                          b"\xef\xbb\xbf" + good + b"\n", good.replace(b",", b",\n", 1) + b"\nabc",
                          b"[1]\nabc", b'"a"\nabc', b'{"a":1}\nabc', b"{" * 2000 + b"\nabc",
-                         good[:-1] + b',"payload":null}\nabc', bytes(100_000)):
+                         good[:-1] + b',"payload":null}\nabc', bytes(100_000),
+                         good[:-1] + b',"x":"' + b"x" * 9000 + b'"}\nabc'):
                 v1.send_binary(data)
                 self.assertEqual(
                     v1.recv_json(), {"error": what, "channel": "", "message": ""}, data)
