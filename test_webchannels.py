@@ -886,13 +886,17 @@ def packed(data: bytes, final: bool = False) -> bytes:
 
 def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: int = 0) -> list[Any]:
     """What a FrameReader makes of these chunks; a failure comes as its close code."""
-    reader, found = webchannels.FrameReader(limit, inflate), []
-    for chunk in chunks:
-        found += reader.receive(chunk)
-        while reader.more:
-            more = reader.receive(b"")
-            assert more or not reader.more, "more was promised, none came"
-            found += more
+    found: list[Any] = []
+    for short in (True, False):  # whether the short way is tried first
+        reader, before, found = webchannels.FrameReader(limit, inflate), found, []
+        for chunk in chunks:
+            text = reader.receive_short(chunk) if short else None
+            found += reader.receive(chunk) if text is None else [(TEXT, text)]
+            while reader.more:
+                more = reader.receive(b"")
+                assert more or not reader.more, "more was promised, none came"
+                found += more
+        assert short or found == before, "the short way comes elsewhere"
     for kind, data in found:  # what the Close frame says
         assert kind != webchannels.FAIL or 0 < len(data[1].encode()) <= 123, data
     return [(kind, data[0] if kind == webchannels.FAIL else data) for kind, data in found]
@@ -971,6 +975,26 @@ class FrameReaderTest(unittest.TestCase):
         reader = webchannels.FrameReader(1 << 20, True)
         self.assertEqual(reader.receive(frame(TEXT, packed(b"a"), rsv=4)), [(TEXT, "a")])
         self.assertEqual(state(), (1, False, False))
+
+    def test_a_short_message_in_a_chunk_of_its_own(self) -> None:
+        hello = frame(TEXT, HELLO.encode())
+        for chunk, limit, text in (
+                (hello, 99, HELLO), (frame(TEXT, b"a"), 1, "a"), (frame(TEXT, b"a"), 0, None),
+                (frame(TEXT, b"x" * 125), 125, "x" * 125), (frame(TEXT, b"x" * 125), 124, None),
+                (frame(TEXT), 9, None), (b"", 9, None), (b"\x81", 9, None), (hello[:-1], 99, None),
+                (hello + b"\x81", 99, None), (frame(TEXT, b"a", fin=False), 9, None),
+                (frame(TEXT, b"a", rsv=4), 9, None), (frame(BINARY, b"a"), 9, None),
+                (frame(TEXT, b"\xff"), 9, None), (b"\x81\1" + bytes(5), 9, None),
+                # As long as their second bytes were, if these were not those of longer frames.
+                (b"\x81\xfe" + bytes(130), 999, None), (b"\x81\xff" + bytes(131), 999, None)):
+            reader = webchannels.FrameReader(limit, 20)
+            self.assertEqual(reader.receive_short(chunk), text, chunk)
+            self.assertEqual(reader.frames, text is not None)
+            # Not inside of a message or a frame, and not after the end.
+            for before in (frame(BINARY, fin=False), frame(BINARY, b"a")[:5], frame(CLOSE)):
+                reader = webchannels.FrameReader(999, 20)
+                reader.receive(before)
+                self.assertIsNone(reader.receive_short(chunk))
 
     def test_the_frames_of_a_chunk_come_a_thousand_at_a_time(self) -> None:
         for each, event in ((frame(TEXT, b"a"), (TEXT, "a")), (frame(PING), (PING, b""))):

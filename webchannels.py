@@ -332,6 +332,10 @@ class Endpoint:
         self.takes = [each.name for each in named if each.name not in self.bound]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
+        # A single name that each call has can be given by position, which is twice as fast.
+        self.single = (self.takes[0] if len(named) == len(known.intersection(self.takes)) == 1
+                       and named[0].kind is named[0].POSITIONAL_OR_KEYWORD
+                       and not self.takes_any else None)
         for each in named:
             if each.kind is each.POSITIONAL_ONLY or each.name in {*self.required} - known:
                 raise TypeError(f"{self.name} asks for {each.name!r} ({each.kind.description}), "
@@ -342,6 +346,8 @@ class Endpoint:
         _params.set(given)  # in a context of its own
         names = {*given} - self.bound if self.takes_any else self.takes
         try:
+            if self.single:
+                return self.handler(given[self.single])
             return self.handler(**{name: given[name] for name in names if name in given})
         except StopIteration as error:  # before Python 3.12 no future can hold it
             raise RuntimeError(f"{self.name} raised StopIteration") from error
@@ -424,6 +430,8 @@ _MAX_NAME = 256  # characters of a channel's or a message's name
 _MAX_DEPTH = 500  # arrays and objects inside each other; a stack of 512 KiB takes 2,000
 # What a bracket does to the depth: 1, or 255, which as a signed byte is -1.
 _STEPS, _NO_STEPS = bytes.maketrans(b"[]{}", b"\1\xff\1\xff"), bytes({*range(256)} - {*b'"[]{}'})
+_BYTES = (bytes, bytearray, memoryview)
+_PLAIN = {str, dict, list, int, float, bool, type(None)}  # sooner found than what it is not
 
 
 class ChannelError(Exception):
@@ -440,11 +448,13 @@ _decoder: Any = json.JSONDecoder(
     lambda text: int(text if len(text) <= 4300 else ""))
 _json = functools.partial(json.JSONEncoder, ensure_ascii=False, separators=(",", ":"))
 _encoder = _json()
-_quote = _encoder.encode
+_quote = json.encoder.encode_basestring  # a string; what is not ASCII stays as it is
 
 
 def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
     """JSON, with null for NaN and the infinities as in JavaScript. Raises TypeError, ValueError."""
+    if value.__class__ is str:
+        return _quote(value)
     encoder = _encoder if default is None else _json(default=default)
     try:
         text = encoder.encode(value)
@@ -463,10 +473,7 @@ def dump_json(value: Any, default: Callable[[Any], Any] | None = None) -> str:
 
 def to_utf8(text: str) -> bytes:
     """UTF-8; half of a surrogate pair, which has none, as JSON's escape for it: `\\ud83d`."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "backslashreplace")
+    return text.encode("utf-8", "backslashreplace")
 
 
 def check_name(channel: str) -> None:
@@ -1067,6 +1074,18 @@ class FrameReader:
             self.stop()
         return events
 
+    def receive_short(self, data: bytes) -> str | None:
+        """The text, if these bytes are a short message in one piece; else they are not taken."""
+        if (6 < len(data) <= 131 and len(data) == data[1] - 122 <= self._max + 6
+                and data[0] == 0x81 and self._rest == b"" and not self._message):
+            try:
+                text = unmask(data[6:], data[2:6]).decode()
+            except UnicodeDecodeError:
+                return None  # receive() will tell why
+            self.frames += 1
+            return text
+        return None
+
     def hold(self, data: bytes) -> None:
         """Take bytes from the peer, for a later receive(b"")."""
         if self._rest is not None:
@@ -1217,7 +1236,6 @@ class _NoPayload:
 
 
 _NO_PAYLOAD: Any = _NoPayload()  # None is one: null
-_BYTES = (bytes, bytearray, memoryview)
 
 
 class Push:
@@ -1270,10 +1288,12 @@ def encode_envelope(fields: str, payload: Any,
                     default: Callable[[Any], Any] | None) -> tuple[int, bytes]:
     """The opcode and the body of a message of webchannels.v1. Raises TypeError or ValueError."""
     if payload is _NO_PAYLOAD:
-        return TEXT, to_utf8(f"{{{fields}}}")
-    if isinstance(payload, _BYTES):
+        text = f"{{{fields}}}"
+    elif payload.__class__ not in _PLAIN and isinstance(payload, _BYTES):
         return BINARY, to_utf8(f"{{{fields}}}\n") + bytes(payload)
-    return TEXT, to_utf8(f'{{{fields},"payload":{dump_json(payload, default)}}}')
+    else:
+        text = f'{{{fields},"payload":{dump_json(payload, default)}}}'
+    return TEXT, text.encode("utf-8", "backslashreplace")
 
 
 def add_fields(body: bytes, fields: bytes) -> bytes:
@@ -1712,6 +1732,11 @@ class ChannelClient(Connection):
 
     def data_received(self, data: bytes) -> None:
         self._silence = 0.0
+        free = not (self._pending or self._task or self._behind or self._in_line or self._done)
+        text = self._frames.receive_short(data) if free else None
+        if text is not None:  # most are so, and take a fifth less time like this
+            self._handle(text)
+            return
         if self._app._moving and len(data) > _LARGE:  # unmasked and inflated when it is its turn
             self._frames.hold(data)
             self._app._line_up(self)
@@ -1722,13 +1747,31 @@ class ChannelClient(Connection):
             if self._held > _READ_AHEAD or self._frames.more:
                 self._read(False)
 
+    def _handle(self, text: str) -> None:
+        """A message for which nothing has to wait."""
+        app = self._app
+        begun = app._now = time.monotonic()
+        self._corked = True
+        try:
+            app._message(self, text)
+        finally:
+            self._corked = False
+            if self._queue:
+                self._flush()
+        if self._asks and not self._task:
+            self._asks = None
+        if app._now - begun > _TURN:
+            app._stand_still(app._now - begun)
+
     def _take(self, data: bytes) -> None:
         """Answer pings, also while a handler is busy; what is to be handled goes to `_pending`."""
         for event in self._frames.receive(data):
-            kind = event[0]
-            if kind == PING:
-                self._write(encode_frame(PONG, event[1]))
-            elif kind == TEXT and not event[1] and self._dialect[0]:
+            kind, content = event
+            if kind == TEXT and content:
+                self._pending.append(event)
+            elif kind == PING:
+                self._write(encode_frame(PONG, content))
+            elif kind == TEXT and self._dialect[0]:
                 self._write(encode_frame(TEXT, b""))  # a keep-alive
             elif kind != PONG:
                 self._pending.append(event)
@@ -1820,13 +1863,12 @@ class ChannelClient(Connection):
     def _reply(self, origin: Origin, result: Any) -> None:
         """Send what the handler returned. Raises TypeError or ValueError if it cannot be sent."""
         channel, message, ref = origin
-        handover = self._app._handover
+        settings, handover, (v1, bits) = self._app.config, self._app._handover, self._dialect
         if message != "subscribe":  # which is confirmed before anything is pushed
             if handover and handover.calls:
                 handover.take()  # what the handler's threads sent comes before
         elif self.connected and not (self._let_in or channel in self.channels):
             raise mistaken(403, "/%s/subscribe did not call subscribe(client, channel)", channel)
-        settings, (v1, bits) = self._app.config, self._dialect
         opcode = TEXT
         if v1 and ref is not None:
             opcode, body = encode_envelope(f'"ref":{ref}', result, settings.json_default)
@@ -1881,7 +1923,7 @@ class ChannelClient(Connection):
         text = text[:8192]
         if self._dialect[0]:
             about = {"channel": channel, "message": message}
-            text = _quote({"error": text, **(about if ref is None else {"ref": ref})})
+            text = dump_json({"error": text, **(about if ref is None else {"ref": ref})})
         self._write(encode_message(TEXT, to_utf8(text), self._dialect[1],
                                    self._app.config.compression_threshold))
 
@@ -3267,16 +3309,16 @@ class WebChannels:
         """Call a handler in a context of its own; what comes back is its result, or a future."""
         context = self._context.copy()
         if endpoint.threaded:
-            threaded = self._in_thread(lambda: context.run(endpoint.run, given))
-            return asyncio.ensure_future(self._await(threaded))
+            call = functools.partial(context.run, endpoint.run, given)
+            return asyncio.ensure_future(self._await(self._in_thread(call)))
         try:
             result = context.run(endpoint.run, given)
         except (SystemExit, KeyboardInterrupt) as error:
             raise self._exit(error) from error
         begun, self._now = self._now, time.monotonic()
-        if self._now > begun + _SLOW:
+        if self._now - begun > _SLOW:
             endpoint.tell_slow(self._now - begun)
-        if result.__class__ is not str and inspect.isawaitable(result):
+        if result.__class__ not in _PLAIN and inspect.isawaitable(result):
             steps = endpoint.steps(result) if inspect.iscoroutine(result) else result
             return context.run(asyncio.ensure_future, self._await(steps))
         return result
@@ -3371,7 +3413,7 @@ class WebChannels:
             else:
                 self._now = time.monotonic()
                 result = self._default(client, path, *origin[:2])
-            if result.__class__ is not str and isinstance(result, asyncio.Future):
+            if result.__class__ not in _PLAIN and isinstance(result, asyncio.Future):
                 client._reply_later(origin, result)
             else:
                 client._reply(origin, result)
