@@ -332,6 +332,7 @@ class Endpoint:
         self.takes = [each.name for each in named if each.name not in self.bound]
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
+        self.takes_more = self.takes_any or bool({*self.takes} - {*self.path_names, "request"})
         # A single name that each call has can be given by position, which is twice as fast.
         self.single = (self.takes[0] if len(named) == len(known.intersection(self.takes)) == 1
                        and named[0].kind is named[0].POSITIONAL_OR_KEYWORD
@@ -636,7 +637,8 @@ class Request:
 
     def members(self, name: str) -> list[str]:
         """A list-based field's members (RFC 9110, 5.6.1). Example: request.members("accept")"""
-        return [each.strip(" \t") for each in self.headers.get(name, "").lower().split(",")]
+        value = self.headers.get(name)
+        return [each.strip(" \t") for each in value.lower().split(",")] if value else []
 
     def params(self) -> dict[str, Any]:
         """What query, form and JSON body say; `payload` is the JSON body as a whole.
@@ -2802,8 +2804,7 @@ class WebChannels:
         top = os.path.realpath(folder)
         if not os.path.isdir(top):
             raise NotADirectoryError(errno.ENOTDIR, "there is no such folder", top)
-        endpoint = Endpoint(functools.partial(find_file, top), supplied={"names", "request"})
-        endpoint.path_names = ["names"]
+        endpoint = Endpoint(functools.partial(find_file, top), "/:names")
         segments = tuple(filter(None, prefix.split("/")))
         folders = {**dict(self._folders), segments: {"GET": endpoint}}
         self._folders = sorted(folders.items(), key=lambda each: -len(each[0]))
@@ -3492,7 +3493,7 @@ class WebChannels:
                 return Response(status=204)
             raise mistaken(404, "Not found: no handler for the route %s", request.path)
         given: dict[Any, Any] = {**dict(zip(endpoint.path_names, values)), "request": request}
-        if endpoint.takes_any or {*endpoint.takes} - {*given}:
+        if endpoint.takes_more:
             given = {**request.params(), **given}
         else:
             given[None] = request  # its parameters are read when the handler asks for them
@@ -3543,10 +3544,13 @@ class WebChannels:
     def _check_host(self, request: Request) -> None:
         """Is this server meant (DNS rebinding)? Raises HTTPError 403."""
         host = request.headers.get("host", "localhost").lower()
-        name = re.sub(":[0-9]+$", "", host)
         allowed = self.config.allowed_hosts
-        if not (any(each.lower() in (name, host, "*") for each in allowed) if allowed is not None
-                else is_loopback(name) or not self._local_only):
+        if allowed is None:
+            fine = not self._local_only or is_loopback(host)
+        else:
+            name = re.sub(":[0-9]+$", "", host)
+            fine = any(each.lower() in (name, host, "*") for each in allowed)
+        if not fine:
             raise mistaken(403, "Host %r is not in config.allowed_hosts", host)
 
     def _check_origin(self, request: Request) -> None:
@@ -3940,7 +3944,9 @@ def find_address() -> str:
 
 @functools.lru_cache(maxsize=256)
 def is_loopback(host: str) -> bool:
-    """Does this name or address mean the machine itself?"""
+    """Does this name or address, as a Host field or without brackets, mean the machine itself?"""
+    match = _HOST.fullmatch(host)
+    host = match[1] if match else host
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
