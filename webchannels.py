@@ -228,14 +228,19 @@ class Sparing:
         # Of each kind: how many lines were kept back; when one was told, its level and text.
         self._kinds: dict[Any, list[Any]] = {}
 
+    def keeps_back(self, kind: Any) -> bool:
+        """Was such a line told lately? Then it is counted."""
+        known = self._kinds.get(kind)
+        if known:
+            known[0] += 1
+        return known is not None
+
     def filter(self, record: logging.LogRecord) -> bool:
         kind = getattr(record, "kind", str(record.msg)) or record
         trace = traceback.walk_tb(record.exc_info[2] if record.exc_info else None)
         places = frozenset([(frame.f_code, number) for frame, number in trace])
         kind = kind, places if len(self._kinds) < 1000 else None
-        known = self._kinds.get(kind)
-        if known:
-            known[0] += 1
+        if self.keeps_back(kind):
             return False
         text = record.getMessage()
         line = printable(text)
@@ -580,7 +585,8 @@ class HTTPError(Exception):
 
 def mistaken(status: int, text: str, *values: Any) -> HTTPError:
     """An answer to what may be the program's own mistake, of which the log warns."""
-    logger.warning(text, *values)
+    if not sparing.keeps_back((text, frozenset())):  # in a flood that is quicker than to log it
+        logger.warning(text, *values)
     return HTTPError(status, text % values)
 
 
@@ -723,6 +729,7 @@ def guess_type(suffix: str) -> str:
     return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
 
 
+@functools.lru_cache(maxsize=100)
 def parse_date(text: str) -> float:
     """A date (RFC 9110, 5.6.7) in seconds; NaN, which compares as false, for what is none."""
     try:
@@ -815,13 +822,13 @@ def find_file(folder: str, names: Sequence[str], request: Request) -> Path | Res
     A folder's path gets a slash at its end, by a redirect that can lead nowhere else.
     """
     names = [*names[:-1], names[-1] or "index.html"] if names else []
-    path = os.path.join(folder, *names)
+    path, below = os.path.join(folder, *names), os.path.join(folder, "")
     with contextlib.suppress(OSError, ValueError):
         if not any(map(_NO_NAME.fullmatch, names)):
             is_folder = stat.S_ISDIR(os.stat(path).st_mode)
             path = os.path.realpath(path)
-            parts = os.path.relpath(path, folder).split(os.sep) if names else []
-            if not any(map(_NO_NAME.fullmatch, parts)):
+            parts = path[len(below):].split(os.sep) if names else []
+            if (path + os.sep).startswith(below) and not any(map(_NO_NAME.fullmatch, parts)):
                 if not is_folder:
                     return Path(path)
                 query = f"?{request.query}" if request.query else ""
