@@ -884,13 +884,14 @@ def packed(data: bytes, final: bool = False) -> bytes:
     return (deflater.compress(data) + deflater.flush(zlib.Z_SYNC_FLUSH))[:-4]
 
 
-def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: int = 0) -> list[Any]:
+def events(chunks: Sequence[bytes], limit: int = 1 << 20, inflate: int = 0,
+           masked: bool = True) -> list[Any]:
     """What a FrameReader makes of these chunks; a failure comes as its close code."""
     found: list[Any] = []
     for short in (True, False):  # whether the short way is tried first
-        reader, before, found = webchannels.FrameReader(limit, inflate), found, []
+        reader, before, found = webchannels.FrameReader(limit, inflate, masked), found, []
         for chunk in chunks:
-            text = reader.receive_short(chunk) if short else None
+            text = reader.receive_short(chunk) if short and masked else None
             found += reader.receive(chunk) if text is None else [(TEXT, text)]
             while reader.more:
                 more = reader.receive(b"")
@@ -911,6 +912,13 @@ class FrameReaderTest(unittest.TestCase):
             stream = frame(BINARY, data) + frame(TEXT, text.encode())
             self.assertEqual(events([stream], limit), [(BINARY, data), (TEXT, text)])
             encoded = webchannels.encode_frame(BINARY, data)
+            plain = encoded + webchannels.encode_frame(TEXT, text.encode())
+            for step in 7, 1 << 20:
+                chunks = [plain[at:at + step] for at in range(0, len(plain), step)]
+                self.assertEqual(events(chunks, limit, masked=False),  # as a client reads it
+                                 [(BINARY, data), (TEXT, text)])
+            self.assertEqual(events([frame(TEXT, text.encode())], limit, masked=False),
+                             [(webchannels.FAIL, 1002)])
             start = {True: 2, False: 4}[size < 126] if size < 65536 else 10
             self.assertEqual(encoded[start:], data)
             masked = bytes([encoded[0], encoded[1] | 128]) + encoded[2:start] + bytes(4) + data
@@ -6662,6 +6670,700 @@ class DemoTest(unittest.TestCase):
                 self.assertRegex(done.stderr, f"^{said}\n$")
 
 
+# ---- connect(): the client in Python -------------------------------------------------------------
+
+
+class Impostor:
+    """A server that answers one WebSocket handshake after the other, and then does as it is told.
+
+    `handle(peer, key)` runs in a thread for each connection, which it may read and write.
+    """
+
+    def __init__(self, handle: Callable[[Connection, str], None]) -> None:
+        self.handle, self.failures = handle, []  # type: ignore[var-annotated]
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"ws://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def __enter__(self) -> Impostor:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self.thread.join(10)
+        if self.failures and error[0] is None:
+            raise self.failures[0]
+
+    def run(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer = Connection.__new__(Connection)
+                peer.sock, peer.buffer = self.listener.accept()[0], bytearray()
+                peer.sock.settimeout(10)
+                try:
+                    with peer:
+                        while b"\r\n\r\n" not in peer.buffer:
+                            peer.fill(len(peer.buffer) + 1)
+                        head = peer.take(peer.buffer.index(b"\r\n\r\n") + 4).decode()
+                        found = re.search("Sec-WebSocket-Key: (.*)\r\n", head)
+                        self.handle(peer, found[1] if found else "")
+                except (EOFError, ConnectionError):
+                    pass
+                except Exception as error:
+                    self.failures.append(error)
+
+
+def accepted(key: str, fields: str = "Sec-WebSocket-Protocol: webchannels.v1\r\n") -> bytes:
+    digest = hashlib.sha1(key.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
+    return (f"HTTP/1.1 101 Switching Protocols\r\nUpgrade: WebSocket\r\nConnection: x, upgrade\r\n"
+            f"Sec-WebSocket-Accept: {base64.b64encode(digest).decode()}\r\n{fields}\r\n").encode()
+
+
+def masked_frame(peer: Connection) -> tuple[int, bytes, bytes]:
+    """The opcode (with RSV and FIN), the mask and the payload of a client's frame."""
+    first, size = peer.take(2)
+    assert size >= 128, "a client's frame is masked"
+    size -= 128
+    if size >= 126:
+        size = int.from_bytes(peer.take(2 if size == 126 else 8), "big")
+    mask = peer.take(4)
+    keys = int.from_bytes((mask * (size // 4 + 1))[:size], "big")
+    return first, mask, (int.from_bytes(peer.take(size), "big") ^ keys).to_bytes(size, "big")
+
+
+def sent(value: Any, opcode: int = TEXT) -> bytes:
+    """A server's frame."""
+    return webchannels.encode_frame(
+        opcode, value if isinstance(value, bytes) else json.dumps(value).encode())
+
+
+class ClientTest(ServerTest):
+    """connect(), with real servers, and with those that break rules."""
+
+    def configure(self, app: WebChannels) -> None:
+        app.config.shutdown_timeout = 0.3  # for clients that nobody asks for anything
+
+    def client(self, url: str = "", **options: Any) -> webchannels.ClientConnection:
+        connection = webchannels.connect(url or self.url, **options)
+        self.addCleanup(connection.close)
+        return connection
+
+    def assert_lost(self, why: str, call: Callable[..., Any], *given: Any, **options: Any) -> None:
+        with self.assertRaisesRegex(ConnectionError, f"^{why}"):
+            call(*given, **options)
+
+    def test_messages_of_all_kinds_and_an_end(self) -> None:
+        self.app.channels_support("room")
+
+        @self.app.channel("/room/say")
+        def say(payload: Any, client: ChannelClient) -> None:
+            self.app.broadcast("room", "said", payload)
+            self.app.broadcast("room", payload)
+
+        @self.app.channel("/room/leave")
+        def leave(client: ChannelClient) -> None:
+            asyncio.get_running_loop().call_soon(client.close)  # behind the reply
+
+        for scheme in "http", "ws":
+            with self.client(self.url.replace("http", scheme)) as server:
+                self.assertEqual(server.subscribe("room"), "Subscription: OK")
+                server.send("room", "say", "Hello")
+                for payload in (42, None, {"a": [1.5, "é"]}, b"\0\n\xff", b""):
+                    self.assertEqual(server.request("____", "echo", payload), payload)
+                server.send("room", "say", b"\1")
+                with self.assertRaisesRegex(ChannelError, "^ERROR : 404 - Not found: no handler"):
+                    server.request("____", "nothing")
+                pushes = [server.receive(10) for _ in range(4)]
+                self.assertEqual([push[1:3] for push in pushes], [
+                    ("said", "Hello"), (None, "Hello"), ("said", b"\1"), (None, b"\1")])
+                with self.assertRaises(TimeoutError):
+                    server.receive(timeout=0.01)
+                server.send("room", "say", "x")
+                server.send("room", "leave")
+                found = list(server)
+                self.assertEqual(found, [("room", "said", "x", False), ("room", None, "x", False)])
+                self.assert_lost("1000$", server.receive)
+                self.assert_lost("1000$", server.send, "room", "say", 1)
+        bad: list[tuple[Any, ...]] = [("/a", "b"), ("a", "b", object()), ("a", 1)]
+        server = self.client()
+        for wrong in bad:
+            with self.assertRaises((TypeError, ValueError)):
+                server.send(*wrong)
+
+    def test_pushes_that_come_before_a_reply_are_kept_in_order(self) -> None:
+        @self.app.channel("/____/burst")
+        def burst(client: ChannelClient) -> str:
+            for number in range(300):
+                client.send("number", number)
+            return "done"
+
+        server = self.client()
+        self.assertEqual([server.request("____", "burst") for _ in range(3)], ["done"] * 3)
+        self.assertEqual([server.receive(5).payload for _ in range(900)], [*range(300)] * 3)
+        late = threading.Event()
+        self.app.channel("/____/late", lambda: late.wait(10), threaded=True)
+        with self.assertRaisesRegex(TimeoutError, "sent nothing in time"):
+            server.request("____", "late", timeout=0.01)
+        late.set()
+        self.assertEqual(server.request("____", "echo", 1), 1)  # the late reply came before
+        self.app.connected_clients()[0].send("one", 1)
+        self.until(lambda: server._inbox)
+        self.assertEqual(server.receive(timeout=0).payload, 1)  # it need not wait for that
+        with self.assertRaises(TimeoutError):
+            server.receive(timeout=0)
+
+    def test_an_end_that_is_not_normal_is_an_error_after_the_last_push(self) -> None:
+        @self.app.channel("/____/leave")
+        def leave(client: ChannelClient) -> None:
+            client.send("last", 1)
+            client.close(4000, "because")
+
+        server, found = self.client(), []
+        self.assert_lost("4000 because$", server.send, "____", "leave")
+        with self.assertRaisesRegex(ConnectionError, "^4000 because$"):
+            for push in server:
+                found.append(push.payload)
+        self.assertEqual(found, [1])
+        server.close()
+        self.assert_lost("4000 because$", server.receive)  # it stays the reason
+        server = self.client()
+        self.app.down()
+        self.assert_lost("1001 server going down$", server.receive)
+        self.assert_lost("1006 ConnectionRefusedError", self.client)
+
+    def test_what_the_server_is_told_and_refuses(self) -> None:
+        seen: list[Request] = []
+
+        @self.app.on_connect
+        def check(request: Request) -> None:
+            seen.append(request)
+            if request.cookies.get("session") != "1":
+                raise HTTPError(401, "Who are you?\n\x1b")
+
+        self.assert_lost(r"401 Unauthorized Who are you\?\\n\\x1b$", self.client)
+        self.assert_lost("404 Not Found No WebSocket at /x", self.client, self.url + "/x")
+        self.client(self.url + "/?a=1#b", headers={"Cookie": "session=1", "X-Y": "z"})
+        self.assertEqual((seen[-1].target, seen[-1].headers["x-y"]), ("/?a=1", "z"))
+        self.assertNotIn("origin", seen[-1].headers)
+        for url in "127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "/":
+            with self.assertRaises(ValueError, msg=url):
+                self.client(url)
+        for headers in {"a": "b\r\nc: d"}, {"a b": "c"}:
+            with self.assertRaises(ValueError, msg=str(headers)):
+                self.client(headers=headers)
+        with self.assertRaises(TypeError):
+            self.client(max_size=1)
+
+    def test_handshakes_that_are_no_good(self) -> None:
+        extension = "Sec-WebSocket-Extensions: permessage-deflate; "
+        no = "1006 .* not the answer that was asked for"
+        for why, answer in (
+                ("302 Found http://b/$",
+                 b"HTTP/1.1 302 Found\r\nLocation: http://b/\r\nContent-Length: 0\r\n\r\n"),
+                ("503 later$", b"HTTP/1.1 503 \r\nContent-Length: 5\r\n\r\nlater"),
+                ("1006 .* not the answer .*: SSH-2.0", b"SSH-2.0\r\n\r\n"),
+                ("1006 IncompleteRead", b"HTTP/1.1 101"),
+                ("1006 LimitOverrun", b"HTTP/1.1 101 x\r\n" + b"a: b\r\n" * 19999),
+                (no, accepted("of another key")),
+                *((no, (old, new)) for old, new in (
+                    (": WebSocket", ": x"), ("upgrade", "close"), ("101", "100"),
+                    ("webchannels.v1", "webchannels.v2"), ("Sec-WebSocket-Protocol", "X"),
+                    ("\r\n\r\n", "\r\nSec-WebSocket-Extensions: x\r\n\r\n"),
+                    *(("\r\n\r\n", f"\r\n{extension}{each}\r\n\r\n") for each in (
+                        "client_no_context_takeover", "server_no_context_takeover; x",
+                        "server_no_context_takeover; client_max_window_bits=8"))))):
+            def handle(peer: Connection, key: str, answer: Any = answer) -> None:
+                if isinstance(answer, tuple):
+                    old, new = [each.encode() for each in answer]
+                    answer = accepted(key).replace(old, new)
+                peer.send_raw(answer)
+
+            with self.subTest(answer=str(answer)[:80]), Impostor(handle) as server:
+                self.assert_lost(why, self.client, server.url)
+
+        def agree(peer: Connection, key: str) -> None:
+            agreed = f"{extension}server_no_context_takeover; client_max_window_bits=9\r\n\r\n"
+            peer.send_raw(accepted(key)[:-2] + agreed.encode())
+            got.append(masked_frame(peer))
+            peer.send_raw(sent({"ref": 1}))
+
+        got: list[Any] = []
+        with Impostor(agree) as server:
+            self.client(server.url).send("a", "b", json.dumps([*range(9000)]))
+            self.assert_lost(no, self.client, server.url, compression=False)
+        self.assertEqual(got[0][0], 0xc1)
+        inflated = zlib.decompressobj(-9).decompress(got[0][2] + b"\0\0\xff\xff")
+        self.assertIn(b"8999", inflated)
+
+    def test_tls(self) -> None:
+        folder = Path(self.enterContext_(tempfile.TemporaryDirectory()))
+        pem = certificate(folder)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(pem)
+        app = WebChannels()
+        app.channel("/____/echo", lambda payload: payload)
+        with serve(app, ssl=context) as url:
+            self.assert_lost("1006 .*certificate", self.client, url)
+            with self.client(url, ssl=ssl.create_default_context(cafile=str(pem))) as server:
+                for size in 1, 100_000, 900_000:
+                    data = os.urandom(size)
+                    self.assertEqual(server.request("____", "echo", data), data)
+
+    def test_every_frame_has_a_mask_of_its_own(self) -> None:
+        frames = []
+
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key))
+            for ref in range(1, 5):
+                frames.append(masked_frame(peer))
+                peer.send_raw(sent({"ref": ref}))
+            peer.send_raw(sent(b"\x03\xe8", CLOSE))
+            frames.append(masked_frame(peer))
+
+        with Impostor(handle) as impostor:
+            server = self.client(impostor.url)
+            for _ in range(3):
+                server.send("a", "b", "c" * 200)
+            server.send("a", "b", bytes(70_000))
+            self.assertEqual(list(server), [])
+        head = '{"ref":%d,"channel":"a","message":"b"'
+        self.assertEqual([payload for _, _, payload in frames], [
+            *((head % ref + ',"payload":"' + "c" * 200 + '"}').encode() for ref in (1, 2, 3)),
+            (head % 4).encode() + b"}\n" + bytes(70_000), b"\x03\xe8"])
+        self.assertEqual([first for first, _, _ in frames], [0x81] * 3 + [0x82, 0x88])
+        self.assertEqual(len({mask for _, mask, _ in frames}), 5)
+
+    def test_a_server_that_breaks_the_rules_is_told(self) -> None:
+        for data, code, reason in (
+                (frame(TEXT, b"{}"), 1002, "frame masked"), (b"\x83\0", 1002, ".*opcode"),
+                (frame(TEXT, b"x" * 200), 1002, "frame masked"), (b"\xc1\0", 1002, "reserved bit"),
+                (b"\x81\1\xff", 1007, ".*invalid"),
+                (b"\x88\0", 1005, ""), (b"\x88\1a", 1002, ".*close code"),
+                (b"\x82\x7f\0\0\0\0\1\0\0\0", 1009, ".*too long")):
+            told: list[Any] = []
+
+            def handle(peer: Connection, key: str, data: bytes = data,
+                       told: list[Any] = told) -> None:
+                peer.send_raw(accepted(key) + data)
+                told.append(masked_frame(peer))
+
+            with self.subTest(data=data[:20]), Impostor(handle) as impostor:
+                self.assert_lost(f"{code} ?{reason}", self.client(impostor.url).receive, 10)
+            [(first, _, payload)] = told
+            code_sent = b"" if code == 1005 else code.to_bytes(2, "big")
+            self.assertEqual((first, payload[:2]), (0x88, code_sent))
+        for data, reason in (
+                (sent(b"{"), "JSONDecodeError"), (sent([]), "'list'"), (sent({"ref": []}), "list"),
+                (sent(b"\xff\n", BINARY), "utf-8"), (sent(b"[" * 600), "nested too deep")):
+            def other(peer: Connection, key: str, data: bytes = data) -> None:
+                peer.send_raw(accepted(key) + data)
+                peer.rest(10)
+
+            with self.subTest(data=data[:20]), Impostor(other) as impostor:
+                self.assert_lost(f"1006 .*{reason}", self.client(impostor.url).receive, 10)
+
+    def test_a_server_that_is_gone_is_noticed(self) -> None:
+        asked, silent = [], threading.Event()
+
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key))
+            for _ in range(2):
+                asked.append(masked_frame(peer)[0])
+                peer.send_raw(sent(b"", PONG))
+            silent.wait(10)
+
+        with Impostor(handle) as impostor:
+            server = self.client(impostor.url, ping_interval=0.05, ping_timeout=0.1)
+            self.assert_lost("1006 .*no answer to a ping", server.receive)
+            silent.set()
+        self.assertEqual(asked, [0x89, 0x89])
+
+    def test_to_close_ends_it_even_if_the_server_does_not_hear(self) -> None:
+        heard, silent = [], threading.Event()
+
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key))
+            heard.append(silent.wait(10))
+
+        settings: tuple[dict[str, Any], ...] = (
+            {"handshake_timeout": 0.5}, {"ping_interval": 0.02, "ping_timeout": 0.02})
+        for each in settings:
+            with Impostor(handle) as impostor, mock.patch("random.random", lambda: 0.0):
+                server = self.client(impostor.url, reconnect=True, **each)
+                server.close()
+                server._thread.join(10)
+                self.assertFalse(server._thread.is_alive())
+                silent.set()
+            silent.clear()
+        self.assertEqual(heard, [True, True])
+
+    def test_ctrl_c_while_it_waits_for_a_server(self) -> None:
+        threads = {*threading.enumerate()}
+        with mock.patch.object(webchannels.ClientConnection, "_wait",
+                               side_effect=[KeyboardInterrupt, None]), \
+                mock.patch("random.random", lambda: 0.0):
+            with self.assertRaises(KeyboardInterrupt):
+                self.client("http://127.0.0.1:1", reconnect=True)
+            for thread in {*threading.enumerate()} - threads:
+                thread.join(10)
+                self.assertFalse(thread.is_alive())
+
+    def test_what_came_before_a_reset_is_received(self) -> None:
+        async def read() -> tuple[bytes, bytes]:
+            reader = webchannels._Reader()
+            reader.feed_data(b"x")
+            reader.set_exception(ConnectionResetError())  # as asyncio's protocol does
+            return await reader.read(9), await reader.read(9)
+
+        self.assertEqual(asyncio.run(read()), (b"x", b""))
+
+    def test_pings_are_answered_whatever_the_program_does(self) -> None:
+        pongs: list[Any] = []
+        asked = threading.Event()
+
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key) + sent(b"", PONG) * 5000 + sent(b"") + sent(b"1", PING))
+            pongs.append(masked_frame(peer))
+            peer.send_raw(sent({"channel": "a", "message": "b", "payload": 1}) * 3)
+            asked.wait(10)
+            peer.send_raw(sent(b"2", PING))
+            pongs.append(masked_frame(peer))
+            peer.send_raw(sent(b"\x03\xe8", CLOSE))
+
+        with Impostor(handle) as impostor:
+            server = self.client(impostor.url)
+            self.assertEqual(server.receive(10).payload, 1)
+            asked.set()
+            self.until(lambda: len(pongs) == 2)  # while the program does other things
+            self.assertEqual([push.payload for push in server], [1, 1])
+        self.assertEqual([(first, payload) for first, _, payload in pongs],
+                         [(0x8a, b"1"), (0x8a, b"2")])
+
+    def test_compression(self) -> None:
+        self.app.channel("/____/size", lambda payload: [len(payload), "y" * 100_000])
+        for compression in True, False:
+            with self.client(compression=compression) as server:
+                self.assertEqual(server._bits > 0, compression)
+                text = json.dumps([*range(9000)])
+                for payload in (text, "x" * 1_000_000):  # which the server would not inflate
+                    self.assertEqual(server.request("____", "size", payload),
+                                     [len(payload), "y" * 100_000])
+
+    def test_threads(self) -> None:
+        """One thread iterates, others ask, and others send much."""
+        self.app.channels_support("room")
+
+        @self.app.channel("/room/say")
+        def broadcast(payload: bytes) -> None:
+            self.app.broadcast("room", "say", payload)
+
+        server = self.client(max_message_size=4 * 2 ** 20)
+        server.subscribe("room")
+        got: list[Any] = []
+
+        def iterate() -> None:
+            for push in server:
+                got.append(push.payload)
+                if len(got) == 40:
+                    return
+
+        def ask(number: int) -> list[Any]:
+            return [server.request("____", "echo", [number, each]) for each in range(200)]
+
+        def say(number: int) -> None:
+            for _ in range(20):
+                server.send("room", "say", bytes([number]) * 500_000)
+
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            iterating = pool.submit(iterate)
+            asking = [pool.submit(ask, number) for number in range(6)]
+            saying = [pool.submit(say, number) for number in range(2)]
+            for number, future in enumerate(asking):
+                self.assertEqual(future.result(60), [[number, each] for each in range(200)])
+            for said in saying:
+                said.result(60)
+            iterating.result(60)
+        self.assertEqual(sorted(got), sorted([bytes([n]) * 500_000 for n in range(2)] * 20))
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:  # close() ends what they wait for
+            waiting = [pool.submit(server.receive) for _ in range(3)]
+            server.close()
+            for each in waiting:
+                with self.assertRaisesRegex(ConnectionError, "^1000$"):
+                    each.result(10)
+
+    def test_what_is_called_back_may_use_the_connection_or_is_told_why_not(self) -> None:
+        def convert(value: Any) -> Any:
+            return server.request("____", "echo", 5)
+
+        server = self.client(json_default=convert, reconnect=True)
+        self.assertEqual(server.request("____", "echo", {1}), 5)
+
+        class Shipping(logging.Handler):
+            def emit(self, record: logging.LogRecord) -> None:
+                try:
+                    server.send("____", "echo")
+                except RuntimeError as error:
+                    told.append(str(error))
+
+        told: list[str] = []
+        with mock.patch("random.random", lambda: 0.0), self.assertLogs("webchannels", "WARNING"):
+            logging.getLogger("webchannels").addHandler(Shipping())
+            self.app.connected_clients()[0].close(4000)
+            self.until(lambda: told)
+        self.assertRegex(told[0], "own thread")
+
+    def test_to_close_while_it_connects(self) -> None:
+        handshakes: list[str] = []
+        connected, closed = threading.Event(), threading.Event()
+
+        def handle(peer: Connection, key: str) -> None:
+            handshakes.append(key)
+            peer.send_raw(accepted(key) if len(handshakes) == 1 else b"")
+            if len(handshakes) == 1:
+                connected.wait(10)  # and hangs up
+            else:
+                closed.wait(10)
+                peer.send_raw(accepted(key))
+                self.assertEqual(peer.rest(10), b"")  # it has gone without a word
+
+        with Impostor(handle) as impostor, concurrent.futures.ThreadPoolExecutor(1) as pool, \
+                mock.patch("random.random", lambda: 0.0):
+            server = self.client(impostor.url, reconnect=True)
+            connected.set()
+            receiving = pool.submit(server.receive)
+            self.until(lambda: len(handshakes) == 2)
+            server.close()
+            with self.assertRaisesRegex(ConnectionError, "^1000$"):
+                receiving.result(10)
+            closed.set()
+            server._thread.join(10)
+            self.assertFalse(server._thread.is_alive())
+
+    def test_what_nobody_takes_is_bounded(self) -> None:
+        @self.app.channel("/____/flood")
+        def flood(client: ChannelClient, payload: int) -> None:
+            for _ in range(payload):
+                client.send("data", "x" * 1000)
+
+        server = self.client(max_message_size=5000)
+        for _ in range(5):
+            server.send("____", "flood", 20)
+            self.assertEqual(len([server.receive(5) for _ in range(20)]), 20)
+        self.assert_lost(r"1008 over 8 \* max_message_size", server.send, "____", "flood", 100)
+        found = []
+        with self.assertRaisesRegex(ConnectionError, "^1008 "):
+            for push in server:
+                found.append(push)
+        self.assertLess(25, len(found))  # 40,000 bytes, and what came with them
+
+    def test_it_comes_back(self) -> None:
+        refused = False
+
+        def guard(app: WebChannels) -> None:
+            app.channels_support("room")
+
+            @app.channel("/secret/subscribe")
+            def check(client: ChannelClient) -> None:
+                if refused:
+                    raise ChannelError("No more")
+                app.subscribe(client, "secret")
+
+        guard(self.app)
+        port = self.app.port
+        server = self.client(reconnect=True)
+        plain = self.client()
+        server.subscribe("room")
+        server.subscribe("secret")
+        server.subscribe("____")
+        server.unsubscribe("____")
+        refused = True
+        self.app.down()
+        self.assert_lost("1001 ", plain.receive)
+        app = self.other()
+        guard(app)
+        with self.assertRaises(TimeoutError):
+            server.receive(0.01)
+        with self.assertRaises(TimeoutError):
+            server.request("____", "echo", 1, timeout=0.01)
+        with mock.patch("random.random", lambda: 0.0), serve(app, port=port):
+            with self.assertLogs("webchannels", "WARNING") as logs:
+                self.assertEqual(server.request("____", "echo", 2), 2)
+                self.until(lambda: "no subscription" in "".join(logs.output))
+            self.assertRegex(logs.output[-1], "no subscription to secret any more: No more$")
+            self.until(lambda: app.connected_clients("room"))
+            app.broadcast("room", "tick", 3)
+            self.assertEqual(server.receive(5).payload, 3)
+            [client] = app.connected_clients()
+            self.assertEqual(client.channels, {"room"})
+            self.assertEqual(server._channels, {"room"})
+            client.close(1008, "Not you")
+            self.assert_lost("1008 Not you", server.receive)
+
+    def test_it_waits_for_a_server_that_is_not_there_yet_unless_it_refuses(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        url = f"ws://127.0.0.1:{port}"
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, \
+                mock.patch("random.random", lambda: 0.01):
+            with self.assertLogs("webchannels", "WARNING") as logs:
+                connecting = pool.submit(self.client, url, reconnect=True)
+                self.until(lambda: len(logs.output) == 3)
+            self.assertRegex(logs.output[1], r"Refused.*: the next attempt is in 0\.0 s$")
+            with serve(self.other(), port=port):
+                self.assertEqual(connecting.result(10).request("____", "echo", 1), 1)
+        self.assert_lost("404 ", self.client, self.url + "/x", reconnect=True)
+
+        def busy(peer: Connection, key: str) -> None:
+            peer.send_raw(b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n")
+            impostor.handle = later
+
+        def later(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key))
+            masked_frame(peer)
+
+        with Impostor(busy) as impostor, mock.patch("random.random", lambda: 0.0):
+            self.client(impostor.url, reconnect=True).close()  # it tries again
+
+    def test_pauses_grow_until_a_message_comes(self) -> None:
+        handshakes: list[str] = []
+
+        def handle(peer: Connection, key: str) -> None:
+            handshakes.append(key)
+            peer.send_raw(accepted(key) + (sent(b"") if len(handshakes) == 4 else b""))
+
+        with Impostor(handle) as impostor, mock.patch("random.random", lambda: 0.1), \
+                self.assertLogs("webchannels", "WARNING") as logs:
+            server = self.client(impostor.url, reconnect=True)
+            self.until(lambda: len(logs.output) == 5)
+            server.close()
+        pauses = [float(line.split()[-2]) for line in logs.output[:5]]
+        self.assertEqual(pauses, [each / 10 for each in (1, 2, 4, 1, 2)])
+
+    def other(self) -> WebChannels:
+        app = WebChannels(Config(shutdown_timeout=0.3))
+        app.channel("/____/echo", lambda payload: payload)
+        return app
+
+    def test_a_request_that_is_lost_is_an_error_and_not_sent_again(self) -> None:
+        count = 0
+
+        def handle(peer: Connection, key: str) -> None:
+            nonlocal count
+            peer.send_raw(accepted(key))
+            while masked_frame(peer)[0] != 0x88:
+                count += 1
+                if count < 2:
+                    return
+                peer.send_raw(sent({"ref": 2, "payload": "second"}))
+
+        with Impostor(handle) as impostor, mock.patch("random.random", lambda: 0.0):
+            server = self.client(impostor.url, reconnect=True)
+            self.assert_lost("1006 ", server.request, "a", "b")
+            self.assertEqual(server.request("a", "b", timeout=10), "second")
+            self.assertEqual(count, 2)
+            server.close()
+
+    def test_restarts_under_many_messages(self) -> None:
+        """Nothing comes twice, or out of order; what is in doubt is an error."""
+        handled: list[int] = []
+        port, restarts, doubtful = self.app.port, 3, []
+        self.app.down()
+        stop = threading.Event()
+
+        def serve_often() -> None:
+            for number in range(restarts + 1):
+                app = self.other()
+                app.channel("/____/take", lambda payload: handled.append(payload))
+                with serve(app, port=port):
+                    enough = len(handled) + 1000
+                    while not stop.wait(0.005) and (len(handled) < enough or number == restarts):
+                        pass
+
+        thread = threading.Thread(target=serve_often)
+        with mock.patch("random.random", lambda: 0.01):
+            thread.start()
+            try:
+                server = self.client(reconnect=True)
+                for number in range(10_000):
+                    try:
+                        server.send("____", "take", number)
+                    except ConnectionError:
+                        doubtful.append(number)
+            finally:
+                stop.set()
+                thread.join()
+        self.assertEqual(handled, sorted(set(handled)))
+        self.assertLessEqual(len(doubtful), restarts)
+        self.assertLessEqual({*range(10_000)} - {*handled}, {*doubtful})
+
+    def test_kept_channels_are_resumed(self) -> None:
+        for app in self.app, self.other():
+            app.keep("room", 5)
+            app.keep("state", 1)
+            for name in "room", "state":
+                app.channels_support(name)
+        port, server = self.app.port, self.client(reconnect=True)
+        self.app.broadcast("room", "n", 1)
+        server.subscribe("room")
+        self.assertEqual(server.receive(5), ("room", "n", 1, False))
+        self.app.broadcast("room", "n", 2)
+        with mock.patch("random.random", lambda: 0.0):
+            for first, lost in (3, False), (6, True):
+                [client] = self.app.connected_clients()
+
+                def leave(client: ChannelClient = client, first: int = first,
+                          last: int = first + 3 + 3 * lost) -> None:
+                    client.close(4000)
+                    for number in range(first, last):
+                        self.app.broadcast("room", "n", number)
+
+                self.app._call(leave)  # it cannot come back before that is over
+                if first == 3:
+                    self.assertEqual([server.receive(5).payload for _ in range(4)], [2, 3, 4, 5])
+                else:
+                    self.assertEqual(server.receive(5), ("room", None, None, True))
+                    self.assertEqual([server.receive(5).payload for _ in range(5)], [*range(7, 12)])
+            self.app.broadcast("room", "n", 12, exclude=self.app.connected_clients())
+            self.app.broadcast("room", b"13")
+            self.assertEqual(server.receive(5), ("room", None, b"13", False))
+            # Another server begins anew.
+            self.app.down()
+            app.broadcast("room", "n", 1)
+            with serve(app, port=port):
+                self.assertEqual(server.receive(5), ("room", None, None, True))
+                self.assertEqual(server.receive(5).payload, 1)
+
+    def test_where_it_is_in_a_kept_channel(self) -> None:
+        asked: list[Any] = []
+
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key))
+            asked.append(json.loads(masked_frame(peer)[2]))
+            if len(asked) == 1:
+                peer.send_raw(sent({"ref": 1, "payload": "OK", "channel": "a", "at": "0e.5"}))
+                for number in 6, 6, 5, 7:  # those that it knows are no news
+                    peer.send_raw(sent({"n": number, "channel": "a", "message": "m",
+                                        "payload": number}))
+                peer.send_raw(sent({"n": 8, "channel": "a"}))  # for others
+            else:
+                peer.send_raw(sent({"channel": "a", "at": "ff.3", "missed": True}) +
+                              sent(b'{"n":4,"channel":"a"}\nx', BINARY))
+                masked_frame(peer)
+
+        with Impostor(handle) as impostor, mock.patch("random.random", lambda: 0.0):
+            server = self.client(impostor.url, reconnect=True)
+            self.assertEqual(server.subscribe("a"), "OK")
+            self.assertEqual([server.receive(5) for _ in range(4)], [
+                ("a", "m", 6, False), ("a", "m", 7, False), ("a", None, None, True),
+                ("a", None, b"x", False)])
+            self.assertEqual(server._places, {"a": "ff.4"})
+            server.close()
+        self.assertEqual(asked, [{"channel": "a", "message": "subscribe", "ref": 1}, {
+            "channel": "a", "message": "subscribe", "ref": 2, "since": "0e.8"}])
+
+
 # ---- Several processes, over Redis ---------------------------------------------------------------
 
 
@@ -9448,6 +10150,42 @@ class ReadmeTest(BrowserTest):
             page = self.open()
             notebook.type('broadcast("____", "result", {"loss": 0.125})\n')
             page.wait_for("document.querySelector('pre').textContent.includes('0.125')")
+
+    def test_a_device(self) -> None:
+        heading = "A device that sends its readings"
+        with self.start(heading):  # up() blocks: what follows is not reached
+            page = self.open()
+            (self.folder / "device.py").write_text(
+                self.with_ports(self.texts(heading, "python")[1]))
+            with Terminal(sys.executable, "device.py", cwd=self.folder, PYTHONPATH=str(HERE)):
+                page.wait_for(r"/^\d\d\.\d °C$/.test(document.querySelector('h1').textContent)")
+            with webchannels.connect(self.url) as stranger, self.assertRaisesRegex(
+                    ChannelError, "Only the device"):
+                stranger.request("lab", "celsius", 0)
+
+    def test_tests_of_handlers(self) -> None:
+        [program] = self.texts("Tests of your own handlers", "python")
+        (self.folder / "test_app.py").write_text(program)
+        said = run_python("test_app.py", cwd=self.folder, PYTHONPATH=str(HERE))
+        self.assertRegex(said.stderr, r"Ran 2 tests in [\d.]+s\n\nOK\n$")
+
+    def test_the_client_in_python(self) -> None:
+        [program] = self.texts("Client in Python", "python")
+        self.app.channels_support("room")
+
+        @self.app.channel("/____/echo")
+        def echo(payload: int, client: ChannelClient) -> int:
+            asyncio.get_running_loop().call_soon(client.close)  # behind the reply
+            return payload
+
+        @self.app.channel("/room/say")
+        def say(payload: str) -> None:
+            self.app.broadcast("room", "said", payload)
+
+        with serve(self.app) as url:
+            (self.folder / "client.py").write_text(program.replace("http://127.0.0.1:8000", url))
+            said = run_python("client.py", cwd=self.folder, PYTHONPATH=str(HERE))
+        self.assertEqual((said.stdout, said.stderr), ("42\nroom said Hello\n", ""))
 
     def test_beside_flask(self) -> None:
         if not importlib.util.find_spec("flask"):

@@ -19,7 +19,7 @@ same way: `/room/hi` is the message `hi` on the channel `room`. Both are decorat
 are `def` or `async def`; they take nothing and ask `params()`, or take what they need by name:
 `def hi(payload, client)`. `channels_support()` puts the browser client into the page, `broadcast()`
 pushes to every subscriber of a channel, `keep()` lets those that were away have what they missed,
-and `connected_clients()` lists who is there.
+and `connected_clients()` lists who is there. `connect()` is a client in Python.
 
 In the page, `WebChannels` has `sendMessageTo(channel, message, payload)`, `request()` with the
 same and `{timeout, signal}` for the reply, `channel("/room/:name", (payload, {name}) => …)` for
@@ -28,7 +28,7 @@ what is broadcast with a payload, `subscribe(channel)`, `unsubscribe(channel)`, 
 `message`, `error` and `debug`. A broadcast without a payload goes to `window.parse_payload(text)`.
 
 The rooms of this file, in the order in which data flows: config, log, router, messages, http,
-websocket, connections, history, bus, app, default app, channels.js, demo.
+websocket, connections, history, bus, app, client, default app, channels.js, demo.
 """
 
 # Copyright (c) 2026 webchannels contributors
@@ -98,11 +98,11 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple, Seque
 
 __version__ = "1.1.0.dev0"
 __all__ = [
-    "Bus", "ChannelClient", "ChannelError", "Config", "HTTPError", "Request", "Response",
-    "WebChannels", "broadcast", "channel", "channels_script", "channels_support", "config",
-    "connected_clients", "disconnected_clients", "down", "keep", "on_connect", "on_disconnect",
-    "params", "route", "serve", "static", "subscribe", "subscriptions", "unsubscribe",
-    "unsubscribe_client", "unsubscribe_disconnected_clients", "up",
+    "Bus", "ChannelClient", "ChannelError", "ClientConnection", "Config", "HTTPError", "Received",
+    "Request", "Response", "WebChannels", "broadcast", "channel", "channels_script",
+    "channels_support", "config", "connect", "connected_clients", "disconnected_clients", "down",
+    "keep", "on_connect", "on_disconnect", "params", "route", "serve", "static", "subscribe",
+    "subscriptions", "unsubscribe", "unsubscribe_client", "unsubscribe_disconnected_clients", "up",
 ]
 H = TypeVar("H", bound=Callable[..., Any])
 
@@ -970,15 +970,20 @@ def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialec
     key = headers.get("sec-websocket-key", "")
     if not re.fullmatch("[A-Za-z0-9+/]{22}==", key):
         raise HTTPError(400, "Sec-WebSocket-Key is not 16 bytes in base64")
-    accept = base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
     offered = headers.get("sec-websocket-protocol", "").split(",")
     v1 = SUBPROTOCOL in map(str.strip, offered)  # compared as it stands: case matters
     offers = headers.get("sec-websocket-extensions", "") if compression else ""
     agreed, bits = negotiate_deflate(offers)
-    fields = {"Accept": accept, "Protocol": SUBPROTOCOL if v1 else "", "Extensions": agreed}
+    fields = {"Accept": accept_key(key), "Protocol": SUBPROTOCOL if v1 else "",
+              "Extensions": agreed}
     lines = ["HTTP/1.1 101 Switching Protocols", "Upgrade: websocket", "Connection: Upgrade",
              *(f"Sec-WebSocket-{k}: {v}" for k, v in fields.items() if v), "", ""]
     return "\r\n".join(lines).encode(), (v1, bits)
+
+
+def accept_key(key: str) -> str:
+    """What proves that a server has read the client's key (RFC 6455, 4.2.2)."""
+    return base64.b64encode(hashlib.sha1((key + _KEY_SUFFIX).encode()).digest()).decode()
 
 
 def negotiate_deflate(header: str) -> tuple[str, int]:
@@ -1016,18 +1021,23 @@ def unmask(data: bytes, mask: bytes) -> bytes:
 
 
 class FrameReader:
-    """Reads a client's frames (RFC 6455, 5): bytes in, events out, no I/O, no clock.
+    """Reads a peer's frames (RFC 6455, 5): bytes in, events out, no I/O, no clock.
 
     Text is checked and messages are inflated as their bytes arrive, so that what is bad or too
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_credit", "_final", "_inflated", "_left", "_mask", "_max", "_max_inflation",
-                 "_message", "_rest", "frames", "more")
+    __slots__ = ("_credit", "_final", "_inflated", "_key_size", "_left", "_mask", "_max",
+                 "_max_inflation", "_message", "_rest", "_short", "frames", "more")
 
-    def __init__(self, max_message_size: int, max_inflation: int = 0) -> None:
-        """`max_inflation`: see Config; 0: permessage-deflate was not agreed on."""
+    def __init__(self, max_message_size: int, max_inflation: int = 0, masked: bool = True) -> None:
+        """`max_inflation`: see Config; 0: permessage-deflate was not agreed on.
+
+        `masked`: as a client's frames must be, and a server's must not (5.1).
+        """
         self._max, self._max_inflation = max_message_size, max_inflation
+        self._key_size = 4 if masked else 0
+        self._short = min(125, max_message_size) if masked else -1  # bytes of the common frame
         self.frames = 0  # how many were begun
         self.more = False  # is there more to come of what has arrived, by receive(b"")?
         # What waits: part of a header, part of a control frame, or `more`. None: it is over.
@@ -1062,9 +1072,9 @@ class FrameReader:
             while end - at >= 2 and self.frames < most and self._inflated < _CREDIT:
                 size = data[at + 1] - 128
                 start = at + 6
-                # The common frame: a short text message, masked and in one piece.
-                if (data[at] == 0x81 and 0 <= size <= 125 and size <= self._max
-                        and start + size <= end and not self._message):
+                # The common frame of a client: a short text message, masked and in one piece.
+                if (data[at] == 0x81 and 0 <= size <= self._short and start + size <= end
+                        and not self._message):
                     self.frames += 1
                     at = start + size
                     events.append((TEXT, unmask(data[start:at], data[start - 4:start]).decode()))
@@ -1109,8 +1119,9 @@ class FrameReader:
         """Take what there is of a frame (RFC 6455, 5; RFC 7692, 6); return where it stops."""
         first, length, message = data[at], data[at + 1] & 127, self._message
         opcode, final, compressed = first & 15, first >= 128, first & 0x70 == 0x40
-        if data[at + 1] < 128:
-            raise ProtocolError(1002, "frame not masked")
+        key_size = self._key_size
+        if data[at + 1] >> 7 != key_size >> 2:
+            raise ProtocolError(1002, "frame not masked" if key_size else "frame masked")
         if first & 0x70 and not (compressed and self._max_inflation and opcode in (TEXT, BINARY)):
             raise ProtocolError(1002, "reserved bit set")
         if opcode not in (CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG):
@@ -1119,18 +1130,18 @@ class FrameReader:
             raise ProtocolError(1002, "control frame fragmented or too long")
         if opcode < CLOSE and bool(opcode) == bool(message):
             raise ProtocolError(1002, "message inside another" if opcode else "nothing to continue")
-        start = at + 6
+        start = at + 2 + key_size
         if length > 125:
             least, size = (126, 2) if length == 126 else (65536, 8)
             start += size
             length = int.from_bytes(data[at + 2:at + 2 + size], "big")
-            if start - 4 <= len(data) and (length < least or length >> 63):
+            if start - key_size <= len(data) and (length < least or length >> 63):
                 raise ProtocolError(1002, "length not minimal, or too large")  # 5.2
         stop = start + length
         if (start if opcode < CLOSE else stop) > len(data):
             return at  # too little; it is looked at again when there is more
         self.frames += 1
-        self._mask = data[start - 4:start]
+        self._mask = data[start - key_size:start]
         if opcode < CLOSE:
             most = self._max
             if message.inflater if message else compressed:
@@ -3983,6 +3994,354 @@ _apps: weakref.WeakSet[WebChannels] = weakref.WeakSet()
 atexit.register(lambda: [*map(WebChannels.down, [*_apps])])
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=lambda: [*map(WebChannels._forked, [*_apps])])
+
+# ------------------------------------------------------------------------------------- client
+
+# What the client asks for, and what may be answered (RFC 7692, 7.1).
+_OFFER = "permessage-deflate; server_no_context_takeover; client_max_window_bits"
+_AGREED = re.compile(
+    r"permessage-deflate; server_no_context_takeover(?:; (?:client_no_context_takeover"
+    r"|server_max_window_bits=[0-9]+|client_max_window_bits=(9|1[0-5])))*")
+_MOST_INFLATION = 1032  # times: deflate has no more, so that only the size of a message counts
+_FINAL = re.compile(r"(?:1000|1008|(?!429)[34][0-9]{2}) ")  # it is closed, or refused, for good
+
+
+class _Reader(asyncio.StreamReader):
+    def set_exception(self, exc: BaseException) -> None:
+        self.feed_eof()  # what came before a reset is still read
+
+
+class Received(NamedTuple):
+    """What a server has pushed to a client of `connect()`.
+
+    Without a payload, `.message` is None, and `.payload` the text or the bytes: what users type is
+    no name. `.missed`: pushes of a kept channel were lost; what a new client gets comes next.
+    Example: Received("room", "say", "Hello").payload
+    """
+
+    channel: str
+    message: str | None
+    payload: Any
+    missed: bool = False
+
+
+class ClientConnection:
+    """A connection to a server, for a script, a device or a test; `connect()` is its short name.
+
+    `url` is that of the WebSocket: http://, https://, ws:// or wss://. `headers` are for the
+    handshake; `ssl` is a context by which to check the certificate. With `reconnect`, it waits for
+    the server and comes back as a page does, after random delays of up to 30 seconds, unless it was
+    closed with 1000 or 1008, or refused (3xx, 4xx, but not 429). `settings` are fields of Config.
+    Raises ConnectionError with the close code, or the HTTP status, and the reason; and ValueError
+    for a bad URL or header. All methods wait, and any thread may call them. Pings are answered
+    meanwhile. Iterating gives each push, and ends when the connection is closed with 1000.
+    Example: server: ClientConnection = connect("http://127.0.0.1:8000", reconnect=True)
+    """
+
+    def __init__(self, url: str, *, headers: Mapping[str, str] | None = None,
+                 ssl: ssl_module.SSLContext | None = None, reconnect: bool = False,
+                 **settings: Any) -> None:
+        self.url, self._reconnect, self._settings = url, reconnect, Config(**settings)
+        parts = urllib.parse.urlsplit(url)
+        secure = parts.scheme in ("https", "wss")
+        if not (secure or parts.scheme in ("http", "ws")) or not parts.hostname:
+            raise ValueError(f"a URL begins with http://, https://, ws:// or wss://: not {url!r}")
+        self._where = parts.hostname, parts.port or (443 if secure else 80)
+        self._context = (ssl or ssl_module.create_default_context()) if secure else None
+        fields = {"Host": parts.netloc, "Upgrade": "websocket", "Connection": "Upgrade",
+                  "Sec-WebSocket-Version": "13", "Sec-WebSocket-Protocol": SUBPROTOCOL,
+                  **dict(Response(headers=headers).headers)}  # which are checked by that
+        if self._settings.compression:
+            fields["Sec-WebSocket-Extensions"] = _OFFER
+        target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+        self._head = "\r\n".join([f"GET {target} HTTP/1.1", *map(": ".join, fields.items())])
+        self._changed = threading.Condition()  # has the lock of all that follows
+        self._transport: Any = None  # that of the last attempt
+        self._frames: Any = None  # a FrameReader, since the first handshake
+        self._open = False  # can messages be sent?
+        self._ended = False  # will it not come back?
+        self._why = ""  # it was closed or lost: a code, a space, and a reason
+        self._failures = 0
+        self._refs = itertools.count(1)
+        self._replies: dict[int, concurrent.futures.Future[Any]] = {}
+        self._channels: set[str] = set()  # subscribed to
+        self._renewals: dict[int, str] = {}  # the refs by which they were renewed
+        self._places: dict[str, str] = {}  # in channels that are kept: "epoch.number"
+        self._inbox: collections.deque[tuple[int, Received]] = collections.deque()  # with sizes
+        self._waiting = 0  # bytes in it
+        self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
+        self._thread.start()
+        try:
+            with self._changed:
+                self._wait(lambda: self._frames)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+
+    def __enter__(self) -> ClientConnection:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Received]:
+        try:
+            while True:
+                yield self.receive()
+        except ConnectionError:
+            if not self._why.startswith("1000 "):
+                raise
+
+    def send(self, channel: str, message: str, payload: Any = _NO_PAYLOAD) -> None:
+        """Send a message, and wait until its handler is done, however long; else as `request()`.
+
+        Example: server.send("room", "say", "Hello")
+        """
+        self.request(channel, message, payload, timeout=None)
+
+    def request(self, channel: str, message: str, payload: Any = _NO_PAYLOAD, *,
+                timeout: float | None = 30) -> Any:
+        """Send a message with what JSON knows, or bytes; return what its handler replies.
+
+        With `reconnect`, it waits for the connection first. Raises ChannelError for an error of the
+        server, TimeoutError after so many seconds (None: never), ConnectionError if the connection
+        is lost meanwhile: then nobody knows whether the handler ran, and nothing is sent twice.
+        TypeError or ValueError for what cannot be sent. Example: server.request("____", "echo", 42)
+        """
+        ref, reply = next(self._refs), concurrent.futures.Future[Any]()
+        body = self._encode(channel, message, ref, payload)
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
+        with self._changed:
+            self._wait(lambda: self._open, end)
+            self._write(*body)
+            self._replies[ref] = reply
+            try:
+                self._wait(reply.done, end)
+            finally:
+                del self._replies[ref]
+        return reply.result()
+
+    def subscribe(self, channel: str, *, timeout: float | None = 30) -> Any:
+        """Subscribe, also when the connection comes back; the log tells if that is refused.
+
+        Returns the reply; raises as `request()`. Example: server.subscribe("room")
+        """
+        with self._changed:  # nothing comes between
+            reply = self.request(channel, "subscribe", timeout=timeout)
+            self._channels.add(channel)
+        return reply
+
+    def unsubscribe(self, channel: str, *, timeout: float | None = 30) -> Any:
+        """Unsubscribe; as `subscribe()`. Example: server.unsubscribe("room")"""
+        with self._changed:
+            self._channels.discard(channel)  # also if the connection is lost
+            return self.request(channel, "unsubscribe", timeout=timeout)
+
+    def receive(self, timeout: float | None = None) -> Received:
+        """The next push.
+
+        Raises TimeoutError after so many seconds (None: never), and ConnectionError when it has
+        ended and all pushes are taken; it is closed when over 8 * max_message_size bytes wait.
+        Example: server.receive(timeout=5)
+        """
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
+        with self._changed:
+            self._wait(lambda: self._inbox, end)
+            size, push = self._inbox.popleft()
+            self._waiting -= size
+        return push
+
+    def close(self) -> None:
+        """Close politely, and end what other threads wait for. Example: server.close()"""
+        with self._changed:
+            self._reconnect = False
+            if not (self._open or self._ended):  # what is under way finds that nobody wants it
+                self._why, self._ended = "1000 ", True
+                self._changed.notify_all()
+            self._finish(1000, "")
+            self._wait(lambda: self._ended)
+
+    def _wait(self, ready: Callable[[], Any], end: float = math.inf) -> None:
+        """Wait, with the lock. Raises TimeoutError, and ConnectionError if it has ended before."""
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the connection's own thread, which logs, cannot wait for it")
+        while not ready():
+            left = end - time.monotonic()
+            if self._ended:
+                raise self._error()
+            if left <= 0:
+                raise TimeoutError(f"{self.url} sent nothing in time")
+            self._changed.wait(min(left, 1))  # on Windows, Ctrl+C ends no wait
+
+    def _error(self) -> ConnectionError:
+        return ConnectionError(printable(self._why.strip()))
+
+    def _encode(self, channel: str, message: str, ref: int,
+                payload: Any = _NO_PAYLOAD) -> tuple[int, bytes]:
+        check_name(channel)
+        expect(message, str, "a message is a str")
+        fields = f'"ref":{ref},"channel":{_quote(channel)},"message":{_quote(message)}'
+        if message == "subscribe" and channel in self._places:
+            fields += f',"since":{_quote(self._places[channel])}'
+        return encode_envelope(fields, payload, self._settings.json_default)
+
+    def _write(self, opcode: int, body: bytes) -> None:
+        """Send a frame, masked by what nobody can know before (RFC 6455, 5.3), if it is open."""
+        settings, bits = self._settings, self._bits if opcode < CLOSE else 0
+        frame = encode_message(opcode, body, bits, settings.compression_threshold)
+        if len(frame) * settings.max_inflation < len(body):  # a server would not inflate it
+            frame = encode_frame(opcode, body)
+        start, key = {126: 4, 127: 10}.get(frame[1], 2), os.urandom(4)
+        head = bytes((frame[0], 128 | frame[1])) + frame[2:start]
+        if self._open:
+            self._loop.call_soon_threadsafe(
+                self._transport.write, head + key + unmask(frame[start:], key))
+
+    def _finish(self, code: int, reason: str) -> None:
+        """Send a Close frame; then the server hangs up, or is cut (RFC 6455, 7.1.1)."""
+        if self._open:
+            self._write(CLOSE, b"" if code == 1005 else code.to_bytes(2, "big") + reason.encode())
+            self._open, self._why = False, f"{code} {reason}"
+            self._frames.stop()
+            self._loop.call_soon_threadsafe(
+                self._loop.call_later, self._settings.handshake_timeout, self._transport.abort)
+
+    # What follows runs in the connection's own thread.
+
+    async def _run(self) -> None:
+        """Connect, and come back, until the end."""
+        self._loop = asyncio.get_running_loop()
+        while not self._ended:
+            why = ""
+            try:
+                await self._talk()
+            except Exception as error:  # whatever it is, those who wait are told
+                refused = isinstance(error, HTTPError)
+                why = str(error) if refused else f"1006 {type(error).__name__}: {error}"
+            if self._transport:
+                self._transport.abort()
+            with self._changed:
+                self._open = False
+                if not self._ended:
+                    self._why = why or self._why
+                    self._ended = not self._reconnect or bool(_FINAL.match(self._why))
+                for reply in self._replies.values():
+                    if not reply.done():  # else its thread has not noticed yet
+                        reply.set_exception(self._error())
+                self._changed.notify_all()
+            if not self._ended:
+                pause = random.random() * min(30, 2 ** self._failures)  # as in channels.js
+                self._failures = min(self._failures + 1, 5)
+                self._log("%s: the next attempt is in %.1f s", self._error(), pause)
+                await asyncio.sleep(pause)
+
+    def _log(self, text: str, *values: object) -> None:
+        """When nothing is locked; and an error of the program's own logging does no harm there."""
+        self._loop.call_soon(functools.partial(
+            logger.warning, f"%s: {text}", self.url, *values, extra=ALWAYS))
+
+    async def _talk(self) -> None:
+        """Connect, and take what comes until the server hangs up."""
+        reader = await asyncio.wait_for(self._dial(), self._settings.handshake_timeout)
+        with self._changed:
+            if self._ended:
+                return
+            self._open = True
+            self._renewals = {next(self._refs): channel for channel in self._channels}
+            for ref, channel in self._renewals.items():
+                self._write(*self._encode(channel, "subscribe", ref))
+            self._changed.notify_all()
+        data = b""
+        while self._frames.more or (data := await self._read(reader)):
+            with self._changed:
+                for kind, content in self._frames.receive(b"" if self._frames.more else data):
+                    if kind in (TEXT, BINARY):
+                        self._take(kind, content)
+                    elif kind in (CLOSE, FAIL):
+                        self._finish(*content)
+                    elif kind == PING and self._transport.get_write_buffer_size() < _READ_AHEAD:
+                        self._write(PONG, content)  # else it hears of us anyhow
+                self._changed.notify_all()
+        if self._open:
+            raise EOFError("the server hung up")
+
+    async def _read(self, reader: asyncio.StreamReader) -> bytes:
+        """What comes next; none: the server hung up. If it is silent it is sent a ping."""
+        for seconds in self._settings.ping_interval, self._settings.ping_timeout:
+            try:
+                return await asyncio.wait_for(reader.read(_READ_AHEAD), seconds or None)
+            except asyncio.TimeoutError:
+                with self._changed:
+                    self._write(PING, b"")
+        raise ConnectionError("no answer to a ping")
+
+    async def _dial(self) -> asyncio.StreamReader:
+        """Connect, and shake hands (RFC 6455, 4.1). Raises HTTPError, OSError, EOFError."""
+        reader = _Reader(_READ_AHEAD)
+        self._transport, _ = await self._loop.create_connection(
+            lambda: asyncio.StreamReaderProtocol(reader), *self._where, ssl=self._context)
+        key = base64.b64encode(os.urandom(16)).decode()
+        self._transport.write(f"{self._head}\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode("latin-1"))
+        head = (await reader.readuntil(b"\r\n\r\n"))[:-4].decode("latin-1")
+        status, end, rest = head.partition("\r\n")
+        answer = Request(f"GET / HTTP/1.0{end}{rest}")  # it has the same fields
+        refused = re.match(r"HTTP/1\.1 ([2-5][0-9]{2}) ?(.*)", status)
+        if refused:
+            text = await reader.read(max(0, int(answer.headers.get("content-length", "0"))))
+            words = refused[2], answer.headers.get("location"), text.decode("utf-8", "replace")
+            raise HTTPError(int(refused[1]), " ".join(filter(None, words)))
+        agreed = answer.headers.get("sec-websocket-extensions", "")
+        deflate = _AGREED.fullmatch(agreed)
+        if not (status.startswith("HTTP/1.1 101 ") and answer.members("upgrade") == ["websocket"]
+                and "upgrade" in answer.members("connection")
+                and answer.headers.get("sec-websocket-accept") == accept_key(key)
+                and answer.headers.get("sec-websocket-protocol", "") == SUBPROTOCOL
+                and (not agreed or self._settings.compression and deflate)):
+            raise ConnectionError(f"not the answer that was asked for: {head}")
+        self._bits = int(deflate[1] or 15) if deflate else 0
+        self._frames = FrameReader(self._settings.max_message_size,
+                                   _MOST_INFLATION if agreed else 0, masked=False)
+        return reader
+
+    def _take(self, opcode: int, data: Any) -> None:
+        """A message has come. Raises all kinds of errors for what is not of webchannels.v1."""
+        self._failures = 0  # not before: a server may let us in and drop us
+        if data == "":
+            return  # a keep-alive
+        text, _, payload = (data, "", "") if opcode == TEXT else data.partition(b"\n")
+        frame = load_json(text if opcode == TEXT else text.decode())
+        if opcode == BINARY:
+            frame["payload"] = payload
+        ref, channel, message = frame.get("ref"), frame.get("channel", ""), frame.get("message")
+        epoch, _, last = self._places.get(channel, "").partition(".")
+        if epoch and "n" in frame:
+            if frame["n"] <= int(last):
+                return  # it comes twice
+            self._places[channel] = f"{epoch}.{frame['n']}"
+        if "at" in frame:
+            self._places[channel] = frame["at"]
+        if "missed" in frame:
+            self._inbox.append((0, Received(channel, None, None, True)))
+        reply = self._replies.get(ref)
+        if reply and "error" in frame:
+            reply.set_exception(ChannelError(frame["error"]))
+        elif reply:
+            reply.set_result(frame.get("payload"))
+        elif ref in self._renewals and "error" in frame:
+            channel = self._renewals[ref]
+            self._channels.discard(channel)
+            self._log("no subscription to %s any more: %s", channel, frame["error"])
+        elif ref is None and ("payload" in frame or message is not None):
+            size = len(data) + 500  # about, with what holds it
+            named = (message, frame["payload"]) if "payload" in frame else (None, message)
+            self._inbox.append((size, Received(channel, *named)))
+            self._waiting += size
+            if self._waiting > 8 * self._settings.max_message_size:
+                self._finish(1008, "over 8 * max_message_size bytes wait for receive()")
+
+
+connect = ClientConnection
+
 
 # -------------------------------------------------------------------------------- default app
 
