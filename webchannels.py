@@ -3328,7 +3328,7 @@ class WebChannels:
         """Call a handler in a context of its own; what comes back is its result, or a future."""
         context = self._context.copy()
         if endpoint.threaded:
-            call = functools.partial(context.run, endpoint.run, given)
+            call: Any = functools.partial(context.run, endpoint.run, given)
             return asyncio.ensure_future(self._await(self._in_thread(call)))
         try:
             result = context.run(endpoint.run, given)
