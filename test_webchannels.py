@@ -796,6 +796,7 @@ class RouterTest(unittest.TestCase):
         taken: list[tuple[Callable[..., Any], Any]] = [
             (lambda: "nothing", "nothing"), (lambda payload, room: (payload, room), (1, 3)),
             (lambda client, other=5: (client, other), (2, 5)), (lambda *rest: rest, ()),
+            (lambda room: room, 3), (wrapped(lambda room: room), 3), (lambda *, room: room, 3),
             (lambda room, **more: (room, more), (3, {"payload": 1, "client": 2})),
             (functools.partial(lambda room, client: (room, client), client=9), (3, 9)),
             (functools.partial(lambda room, **more: (room, more), payload=9),

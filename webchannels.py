@@ -338,9 +338,11 @@ class Endpoint:
         self.required = [each.name for each in named if each.default is each.empty]
         known = {*self.path_names, *(self.required if supplied is None else supplied)}
         self.takes_more = self.takes_any or bool({*self.takes} - {*self.path_names, "request"})
-        # A single name that each call has can be given by position, which is twice as fast.
+        # A single name that each call has can be given by position, which is twice as fast; but a
+        # decorator's function may take, by name alone, what the function in it takes.
+        code = handler.__code__ if inspect.isfunction(handler) else None
         self.single = (self.takes[0] if len(named) == len(known.intersection(self.takes)) == 1
-                       and named[0].kind is named[0].POSITIONAL_OR_KEYWORD
+                       and code and code.co_varnames[:code.co_argcount] == (*self.takes,)
                        and not self.takes_any else None)
         for each in named:
             if each.kind is each.POSITIONAL_ONLY or each.name in {*self.required} - known:
