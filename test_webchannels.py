@@ -3425,10 +3425,12 @@ class MistakesTest(ServerTest):
                 app.up(0, block=False)
 
     def test_the_address_is_one_that_is_answered(self) -> None:
-        app = WebChannels()
-        app.config.allowed_hosts = ["*", "live.example"]
-        with serve(app, host="0.0.0.0") as url:
-            self.assertEqual(url, f"http://live.example:{app.port}")
+        for allowed, host in ((["*", "live.example"], "live.example"), (["*"], "localhost"),
+                              (["a.example:8443"], "a.example"), (["[::1]"], "[::1]")):
+            app = WebChannels()
+            app.config.allowed_hosts = allowed
+            with serve(app, host="0.0.0.0") as url:
+                self.assertEqual(url, f"http://{host}:{app.port}")
 
     def test_fields_of_config(self) -> None:
         wrong: list[tuple[str, Any, type[Exception], str]] = [
@@ -6260,8 +6262,9 @@ class UpAndDownTest(unittest.TestCase):
             self.assertEqual(request("GET", app.up(0)).body, b"page")
 
     def test_the_address_in_the_network_is_printed_too(self) -> None:
-        def said(host: str) -> str:
+        def said(host: str, *allowed: str) -> str:
             app, out = self.app(), io.StringIO()
+            app.config.allowed_hosts = allowed or None
             with contextlib.redirect_stdout(out), \
                     mock.patch.object(webchannels, "find_address", lambda: "192.0.2.7"):
                 threading.Thread(target=stop, args=(app, out)).start()
@@ -6273,8 +6276,11 @@ class UpAndDownTest(unittest.TestCase):
                 time.sleep(0.01)
             app.down()
         ends = " (Ctrl+C stops)\n"
-        self.assertEqual(said("0.0.0.0"),
-                         f"Serving at http://localhost:80 and http://192.0.2.7:80{ends}")
+        both = f"Serving at http://localhost:80 and http://192.0.2.7:80{ends}"
+        for allowed in (), ("*",), ("localhost", "192.0.2.7"):
+            self.assertEqual(said("0.0.0.0", *allowed), both, allowed)
+        for name in "localhost", "app.localhost":
+            self.assertEqual(said("0.0.0.0", name), f"Serving at http://{name}:80{ends}")
         self.assertEqual(said("127.0.0.1"), f"Serving at http://127.0.0.1:80{ends}")
         self.assertRegex(webchannels.find_address(), r"^(localhost|\d+\.\d+\.\d+\.\d+)$")
         with mock.patch.object(socket.socket, "connect", side_effect=OSError):

@@ -3641,7 +3641,10 @@ class WebChannels:
             if ours:
                 signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:
-                urls = dict.fromkeys([url, url.replace("localhost", find_address())])
+                near = find_address()
+                if not {near, "*"}.intersection(self.config.allowed_hosts or "*"):
+                    near = "localhost"  # asked by the address, it would refuse
+                urls = dict.fromkeys([url, url.replace("//localhost:", f"//{near}:")])
                 print(f"Serving at {' and '.join(urls)} (Ctrl+C stops)", flush=True)
                 while not done.is_set():  # as in down()
                     time.sleep(0.1)
@@ -3779,8 +3782,8 @@ class WebChannels:
             return
         address, self.port = names[0][:2]
         if address in ("0.0.0.0", "::"):
-            names = [each for each in self.config.allowed_hosts or () if each != "*"]
-            address = [*names, "localhost"][0]
+            hosts = filter(None, map(_HOST.fullmatch, self.config.allowed_hosts or ()))
+            address = [*(each[1].strip("[]") for each in hosts), "localhost"][0]
         shown = f"[{address}]" if ":" in address else address
         self.url = f"{scheme}://{shown}:{self.port}"
 
