@@ -2755,6 +2755,18 @@ class BoundsTest(ServerTest):
             client.close()
             self.until(lambda: not self.app.connected_clients())
 
+    def test_what_waits_counts_as_it_is_held(self) -> None:
+        """Inflated: of bytes, 64 KiB could be 60 MiB."""
+        for opcode, size in (BINARY, 1_000_000), (TEXT, 66_000):
+            client = self.connect(deflate=True)
+            client.send_json({"channel": "____", "message": "wait"})
+            self.assertTrue(self.begun.acquire(timeout=10))
+            client.send_raw(frame(opcode, packed(bytes(size)), rsv=4))
+            self.until(lambda: any(one._pending and not one._reading
+                                   for one in self.app.connected_clients()))
+            client.close()
+            self.until(lambda: not self.app.connected_clients())
+
     def test_the_channels_of_who_has_left(self) -> None:
         @self.app.channel("/rooms/:room/subscribe")
         def enter(client: ChannelClient, channel: str) -> None:

@@ -1029,8 +1029,8 @@ class FrameReader:
     long is refused at its first byte. After a Close frame or a failure everything is ignored.
     """
 
-    __slots__ = ("_credit", "_final", "_inflated", "_key_size", "_left", "_mask", "_max",
-                 "_max_inflation", "_message", "_rest", "_short", "frames", "more")
+    __slots__ = ("_credit", "_final", "_key_size", "_left", "_mask", "_max", "_max_inflation",
+                 "_message", "_rest", "_short", "frames", "inflated", "more")
 
     def __init__(self, max_message_size: int, max_inflation: int = 0, masked: bool = True) -> None:
         """`max_inflation`: see Config; 0: permessage-deflate was not agreed on.
@@ -1046,7 +1046,7 @@ class FrameReader:
         self._rest: bytes | None = b""
         self._left = 0  # how much is to come of a data frame's payload
         self._message: _Message | None = None  # the one that has not fully arrived
-        self._inflated = 0  # bytes, by this call of receive()
+        self.inflated = 0  # bytes, by this call of receive()
         self.refill()
 
     def refill(self) -> None:
@@ -1066,12 +1066,12 @@ class FrameReader:
             return events
         data = self._rest + data
         at, end = 0, len(data)
-        self._inflated = 0
+        self.inflated = 0
         most = self.frames + 1000  # of tiny frames a chunk holds tens of thousands
         try:
             if self._message and self._left:
                 at = self._payload(self._message, data, 0, events)
-            while end - at >= 2 and self.frames < most and self._inflated < _CREDIT:
+            while end - at >= 2 and self.frames < most and self.inflated < _CREDIT:
                 size = data[at + 1] - 128
                 start = at + 6
                 # The common frame of a client: a short text message, masked and in one piece.
@@ -1085,7 +1085,7 @@ class FrameReader:
                     if stop == at:
                         break
                     at = stop
-            self.more = at < end and (self.frames == most or self._inflated >= _CREDIT)
+            self.more = at < end and (self.frames == most or self.inflated >= _CREDIT)
         except ProtocolError as error:
             events.append((FAIL, error.args))
         except (UnicodeDecodeError, zlib.error) as error:
@@ -1178,7 +1178,7 @@ class FrameReader:
         whole = message.add(unmask(part, self._mask), last, self._max, credit)
         self._mask = (self._mask * 2)[len(part) & 3:][:4]  # where the next part begins in it
         if message.inflater:
-            self._inflated += message.size - before
+            self.inflated += message.size - before
         if last:
             if message.inflater and message.opcode == TEXT:
                 self._credit = min(credit - message.size, _CREDIT)
@@ -1691,7 +1691,7 @@ class ChannelClient(Connection):
         self._frames = FrameReader(app.config.max_message_size,
                                    app.config.max_inflation if dialect[1] else 0)
         self._pending: list[Event] = []
-        self._held = 0  # bytes that arrived meanwhile
+        self._held = 0  # bytes that arrived meanwhile, and to which they inflated
         # Outgoing: frames stay here while messages are handled (they are then written at once),
         # and while the transport is full (here they can be counted), or not there yet.
         self._queue: list[bytes] = [head]
@@ -1765,7 +1765,7 @@ class ChannelClient(Connection):
         else:
             self._work(False, data)
         if self._pending or self._frames.more:
-            self._held += len(data)
+            self._held += len(data) + self._frames.inflated
             if self._held > _READ_AHEAD or self._frames.more:
                 self._read(False)
 
