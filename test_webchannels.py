@@ -4632,6 +4632,15 @@ class KeptTest(ServerTest):
     def payloads(self, client: WebSocketClient) -> list[Any]:
         return [push["payload"] for push in self.all(client) if "payload" in push]
 
+    def test_a_position_that_is_none_is_not_held(self) -> None:
+        """While Redis is asked what it has, which may take seconds, anyone may send long ones."""
+        self.ask()
+        kept = self.app._history.kept["a"]
+        kept.fetching = 1
+        for since in "x" * 100_000, ["x"], "abc.7":
+            self.ask(since=since)
+        self.assertEqual([each.since for each in kept.readers.values()], [".0", ".0", "abc.7"])
+
     def test_who_comes_back_gets_what_it_missed(self) -> None:
         client, reply = self.ask()
         epoch, _, number = reply["at"].partition(".")

@@ -2089,7 +2089,8 @@ class Reader:
     __slots__ = ("at", "missed", "since", "told")
 
     def __init__(self, since: Any = None, at: int | None = None) -> None:
-        self.since = since  # where it says it was: anyone may forge it; None: it is new
+        # Where it says it was: anyone may forge it, and make it long. None: it is new.
+        self.since = None if since is None else "{}.{}".format(*parse_position(since))
         self.at = at  # the number of the last message that it got, when that is known
         self.missed, self.told = False, at is not None  # does it know where it is?
 
@@ -2141,7 +2142,7 @@ class Kept:
             last = self.heard - 1 if self.heard else self.last
             reader.at = before if self.rule.rewind else max(before, last)
             reader.missed = reader.since is not None
-        reader.since = None  # it may be long
+        reader.since = None
         return reader.at
 
     def knows(self, client: ChannelClient) -> bool:
