@@ -266,8 +266,7 @@ ALWAYS: dict[str, Any] = {"kind": None}  # the `extra` of lines that no peer can
 logger = logging.getLogger("webchannels")
 # A second copy of this file, or a reload, has the same logger, and so the same filter.
 _filtering: Any = [getattr(each, "__self__", None) for each in logger.filters]
-sparing: Sparing = next((each for each in _filtering if type(each).__name__ == "Sparing"),
-                        Sparing())
+sparing: Sparing = next((each for each in _filtering if hasattr(each, "keeps_back")), Sparing())
 logger.addFilter(sparing.filter)
 
 
@@ -731,7 +730,7 @@ def guess_type(suffix: str) -> str:
     return f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
 
 
-@functools.lru_cache(maxsize=100)
+@functools.lru_cache(maxsize=32)
 def parse_date(text: str) -> float:
     """A date (RFC 9110, 5.6.7) in seconds; NaN, which compares as false, for what is none."""
     try:
@@ -3966,7 +3965,7 @@ def find_address() -> str:
     return "localhost"
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # of what a peer sends, which may be long
 def is_loopback(host: str) -> bool:
     """Does this name or address, as a Host field or without brackets, mean the machine itself?"""
     match = _HOST.fullmatch(host)
@@ -3977,7 +3976,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or host.endswith(".localhost")  # RFC 6761, 6.3
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def parse_origin(text: str) -> tuple[str, str, int] | None:
     """An origin's scheme, host and port (RFC 6454), or None: "null" is nobody's."""
     match = re.fullmatch(f"(https?)://{_HOST.pattern}", text.lower())
