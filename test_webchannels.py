@@ -3436,6 +3436,13 @@ class MistakesTest(ServerTest):
             with self.raises(ValueError, "'https://example.com', or '*'", repr(origin)):
                 app.up(0, block=False)
 
+    def test_hosts_that_are_none(self) -> None:
+        for host in "https://example.com", "::1", "*.example.com", "":
+            app = WebChannels()
+            app.config.allowed_hosts = host
+            with self.raises(ValueError, "'example.com', '[::1]', or '*'", repr(host)):
+                app.up(0, block=False)
+
     def test_the_address_is_one_that_is_answered(self) -> None:
         for allowed, host in ((["*", "live.example"], "live.example"), (["*"], "localhost"),
                               (["a.example:8443"], "a.example"), (["[::1]"], "[::1]")):
@@ -4189,6 +4196,79 @@ class MessagesTest(ServerTest):
     async def wait(self) -> None:
         await asyncio.sleep(60)
 
+    def test_a_message_in_a_chunk_of_its_own(self) -> None:
+        """It is handled where it was read, but not before what waits."""
+        handled: list[Any] = []
+
+        def note(payload: Any) -> None:
+            handled.append(payload)
+
+        def slow(payload: Any) -> None:
+            time.sleep(2 * webchannels._TURN)
+            handled.append(payload)
+
+        async def later(payload: Any) -> None:
+            handled.append(payload)
+
+        for handler in note, slow, later:
+            self.app.channel(f"/____/{handler.__name__}", handler)
+        for _ in range(2):
+            self.connect()
+        self.until(lambda: len(self.app.connected_clients()) == 2)
+        one, other = self.app.connected_clients()
+
+        def said(message: str, payload: Any) -> bytes:
+            envelope = {"channel": "____", "message": message, "payload": payload}
+            return frame(TEXT, json.dumps(envelope).encode())
+
+        def arrive(*chunks: tuple[ChannelClient, bytes]) -> list[Any]:
+            """What is handled when these chunks come, in one turn of the loop."""
+            handled.clear()
+            for client, data in chunks:
+                client.data_received(data)
+            return handled.copy()
+
+        def check(at_once: list[Any], then: list[Any],
+                  *chunks: tuple[ChannelClient, bytes]) -> None:
+            self.assertEqual(self.app._call(functools.partial(arrive, *chunks)), at_once)
+            self.until(lambda: len(handled) == len(then))
+            self.assertEqual(handled, then)
+
+        check([1], [1], (one, said("note", 1)))
+        check([1, 2], [1, 2], (one, said("note", 1)), (one, said("note", 2)))
+        # The second has used up its turn, and waits in line; or a task is awaited.
+        check([1], [1, 2, 3], (one, said("slow", 1) + said("note", 2)), (one, said("note", 3)))
+        check([], [1, 2], (one, said("later", 1)), (one, said("note", 2)))
+        # After what took long, nothing large is begun.
+        check([1], [1, 9000 * "x"], (one, said("slow", 1)), (other, said("note", 9000 * "x")))
+        self.app._call(one.pause_writing)  # the peer must read first
+        check([], [], (one, said("note", 1)))
+        self.app._call(one.resume_writing)
+        self.until(lambda: handled == [1])
+        self.app._now = 0.0  # that nothing came for long is not the handler's fault
+        with no_logs("webchannels"):
+            check([1], [1], (one, said("note", 1)))
+        one.close()
+        check([2], [2], (one, said("note", 1)), (other, said("note", 2)))
+
+    def test_what_one_message_has_sent_leaves_at_once(self) -> None:
+        def answer(client: ChannelClient) -> str:
+            client.send("first", 1)
+            client.send("second", 2)
+            return "third"
+
+        self.app.channel("/____/answer", answer)
+        client = self.connect()
+        [there] = self.until(self.app.connected_clients)
+        transport = there._transport
+        written: list[bytes] = []
+        there._transport = mock.Mock(wraps=transport, write=written.append)
+        client.send_json({"channel": "____", "message": "answer"})
+        self.until(lambda: written)
+        there._transport = transport
+        [data] = written
+        self.assertEqual([data.count(each) for each in (b"first", b"second", b"third")], [1] * 3)
+
     def test_closing_from_both_sides(self) -> None:
         client = self.connect()
         client.send_close(4001, "bye")
@@ -4631,6 +4711,16 @@ class KeptTest(ServerTest):
 
     def payloads(self, client: WebSocketClient) -> list[Any]:
         return [push["payload"] for push in self.all(client) if "payload" in push]
+
+    def test_only_the_confirmation_tells_the_position(self) -> None:
+        self.app.keep("told")
+        self.app.channels_support("told")
+        self.app.channel("/told/say", lambda: "said")
+        client = self.connect(subprotocol="webchannels.v1")
+        client.send_json({"channel": "told", "message": "subscribe", "ref": 1})
+        self.assertIn("at", client.recv_json())
+        client.send_json({"channel": "told", "message": "say", "ref": 2})
+        self.assertEqual(client.recv_json(), {"ref": 2, "payload": "said"})
 
     def test_a_position_that_is_none_is_not_held(self) -> None:
         """While Redis is asked what it has, which may take seconds, anyone may send long ones."""

@@ -1753,7 +1753,7 @@ class ChannelClient(Connection):
 
     def data_received(self, data: bytes) -> None:
         self._silence = 0.0
-        free = not (self._pending or self._task or self._behind or self._in_line or self._done)
+        free = not (self._pending or self._task or self._behind or self._done)
         text = self._frames.receive_short(data) if free else None
         if text is not None:  # most are so, and take a fifth less time like this
             self._handle(text)
@@ -3674,6 +3674,10 @@ class WebChannels:
             if origin != "*" and not parse_origin(origin):
                 raise ValueError("config.allowed_origins are as in 'https://example.com', or '*': "
                                  f"not {origin!r}")
+        for name in self.config.allowed_hosts or ():
+            if name != "*" and not _HOST.fullmatch(name):
+                raise ValueError("config.allowed_hosts are as in 'example.com', '[::1]', or '*': "
+                                 f"not {name!r}")
         loop = asyncio.get_running_loop()
         with self._lock:
             if self._loop is not None and not self._loop.is_closed():
