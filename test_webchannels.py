@@ -7358,6 +7358,8 @@ class ClientTest(ServerTest):
             server.close()
         pauses = [float(line.split()[-2]) for line in logs.output[:5]]
         self.assertEqual(pauses, [each / 10 for each in (1, 2, 4, 1, 2)])
+        for kind, _ in webchannels.sparing._kinds:  # without a server, nobody lets go of them
+            self.assertNotIsInstance(kind, logging.LogRecord)
 
     def other(self) -> WebChannels:
         app = WebChannels(Config(shutdown_timeout=0.3))

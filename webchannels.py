@@ -246,7 +246,8 @@ class Sparing:
         line = printable(text)
         if line != text:
             record.msg, record.args = line, None
-        self._kinds[kind] = [0, time.monotonic(), record.levelno, line]
+        if kind[0] is not record:  # which has no like
+            self._kinds[kind] = [0, time.monotonic(), record.levelno, line]
         if record.exc_info:  # logging makes a text of it only where there is none
             lines = logging.Formatter().formatException(record.exc_info).split("\n")
             lines = [*lines[:50], *lines[50:][-50:]]
