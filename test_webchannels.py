@@ -7074,6 +7074,8 @@ class ClientTest(ServerTest):
             self.assertEqual((first, payload[:2]), (0x88, code_sent))
         for data, reason in (
                 (sent(b"{"), "JSONDecodeError"), (sent([]), "'list'"), (sent({"ref": []}), "list"),
+                (sent({"channel": 5, "message": "a"}), "a channel is a str, not 5"),
+                (sent({"message": [], "payload": 1}), "a message is a str"),
                 (sent(b"\xff\n", BINARY), "utf-8"), (sent(b"[" * 600), "nested too deep")):
             def other(peer: Connection, key: str, data: bytes = data) -> None:
                 peer.send_raw(accepted(key) + data)
@@ -7276,6 +7278,16 @@ class ClientTest(ServerTest):
                 found.append(push)
         self.assertLess(25, len(found))  # 40,000 bytes, and what came with them
 
+        def handle(peer: Connection, key: str) -> None:
+            peer.send_raw(accepted(key) + sent({"channel": "x" * 5000, "missed": True}) * 20)
+            told.append(masked_frame(peer)[2][:2])
+
+        told: list[bytes] = []
+        with Impostor(handle) as impostor:
+            with self.assertRaisesRegex(ConnectionError, "^1008 "):
+                list(self.client(impostor.url, max_message_size=6000, ping_interval=5))
+        self.assertEqual(told, [(1008).to_bytes(2, "big")])
+
     def test_it_comes_back(self) -> None:
         refused = False
 
@@ -7468,7 +7480,8 @@ class ClientTest(ServerTest):
                                         "payload": number}))
                 peer.send_raw(sent({"n": 8, "channel": "a"}))  # for others
             else:
-                peer.send_raw(sent({"channel": "a", "at": "ff.3", "missed": True}) +
+                peer.send_raw(sent({"channel": "nobody's", "at": "ff.3"}) +
+                              sent({"channel": "a", "at": "ff.3", "missed": True}) +
                               sent(b'{"n":4,"channel":"a"}\nx', BINARY))
                 masked_frame(peer)
 
@@ -7478,7 +7491,7 @@ class ClientTest(ServerTest):
             self.assertEqual([server.receive(5) for _ in range(4)], [
                 ("a", "m", 6, False), ("a", "m", 7, False), ("a", None, None, True),
                 ("a", None, b"x", False)])
-            self.assertEqual(server._places, {"a": "ff.4"})
+            self.assertEqual(server._places, {"a": ("ff", 4)})
             server.close()
         self.assertEqual(asked, [{"channel": "a", "message": "subscribe", "ref": 1}, {
             "channel": "a", "message": "subscribe", "ref": 2, "since": "0e.8"}])

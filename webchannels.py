@@ -4076,7 +4076,7 @@ class ClientConnection:
         self._replies: dict[int, concurrent.futures.Future[Any]] = {}
         self._channels: set[str] = set()  # subscribed to
         self._renewals: dict[int, str] = {}  # the refs by which they were renewed
-        self._places: dict[str, str] = {}  # in channels that are kept: "epoch.number"
+        self._places: dict[str, tuple[str, int]] = {}  # in channels that were asked for
         self._inbox: collections.deque[tuple[int, Received]] = collections.deque()  # with sizes
         self._waiting = 0  # bytes in it
         self._thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
@@ -4191,8 +4191,9 @@ class ClientConnection:
         check_name(channel)
         expect(message, str, "a message is a str")
         fields = f'"ref":{ref},"channel":{_quote(channel)},"message":{_quote(message)}'
-        if message == "subscribe" and channel in self._places:
-            fields += f',"since":{_quote(self._places[channel])}'
+        if message == "subscribe":
+            epoch, number = self._places.setdefault(channel, ("", 0))
+            fields += f',"since":"{epoch}.{number}"' if epoch else ""  # else it is not kept
         return encode_envelope(fields, payload, self._settings.json_default)
 
     def _write(self, opcode: int, body: bytes) -> None:
@@ -4323,15 +4324,16 @@ class ClientConnection:
         if opcode == BINARY:
             frame["payload"] = payload
         ref, channel, message = frame.get("ref"), frame.get("channel", ""), frame.get("message")
-        epoch, _, last = self._places.get(channel, "").partition(".")
+        expect(channel, str, "a channel is a str")
+        expect(message, (str, type(None)), "a message is a str")
+        pushes = [Received(channel, None, None, True)] if "missed" in frame else []
+        epoch, last = self._places.get(channel, ("", 0))
         if epoch and "n" in frame:
-            if frame["n"] <= int(last):
+            if frame["n"] <= last:
                 return  # it comes twice
-            self._places[channel] = f"{epoch}.{frame['n']}"
-        if "at" in frame:
-            self._places[channel] = frame["at"]
-        if "missed" in frame:
-            self._inbox.append((0, Received(channel, None, None, True)))
+            self._places[channel] = epoch, frame["n"]
+        if "at" in frame and channel in self._places:
+            self._places[channel] = parse_position(frame["at"])
         reply = self._replies.get(ref)
         if reply and "error" in frame:
             reply.set_exception(ChannelError(frame["error"]))
@@ -4342,9 +4344,11 @@ class ClientConnection:
             self._channels.discard(channel)
             self._log("no subscription to %s any more: %s", channel, frame["error"])
         elif ref is None and ("payload" in frame or message is not None):
-            size = len(data) + 500  # about, with what holds it
             named = (message, frame["payload"]) if "payload" in frame else (None, message)
-            self._inbox.append((size, Received(channel, *named)))
+            pushes.append(Received(channel, *named))
+        for push in pushes:
+            size = len(data) + 500  # about, with what holds it
+            self._inbox.append((size, push))
             self._waiting += size
             if self._waiting > 8 * self._settings.max_message_size:
                 self._finish(1008, "over 8 * max_message_size bytes wait for receive()")
