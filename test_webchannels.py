@@ -6965,14 +6965,18 @@ class ClientTest(ServerTest):
         self.client(self.url + "/?a=1#b", headers={"Cookie": "session=1", "X-Y": "z"})
         self.assertEqual((seen[-1].target, seen[-1].headers["x-y"]), ("/?a=1", "z"))
         self.assertNotIn("origin", seen[-1].headers)
-        for url in "127.0.0.1:8000", "ftp://a", "http://", "http://a:x", "/":
+        for url in ("127.0.0.1:8000", "localhost:8000", "ftp://a", "http://", "http://a:x", "/",
+                    f"{self.url}/a b", f"{self.url}/é", self.url.replace("://", "://ada:pw@"),
+                    f"{self.url}\r\nA: b"):
             with self.assertRaises(ValueError, msg=url):
                 self.client(url)
-        for headers in {"a": "b\r\nc: d"}, {"a b": "c"}:
+        for headers in {"a": "b\r\nc: d"}, {"a b": "c"}, {"a": "\u20ac"}:
             with self.assertRaises(ValueError, msg=str(headers)):
                 self.client(headers=headers)
         with self.assertRaises(TypeError):
             self.client(max_size=1)
+        with self.assertRaisesRegex(TypeError, "a URL is a str"):
+            self.client(self.app)  # type: ignore[arg-type]
 
     def test_handshakes_that_are_no_good(self) -> None:
         extension = "Sec-WebSocket-Extensions: permessage-deflate; "

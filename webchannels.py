@@ -4052,10 +4052,12 @@ class ClientConnection:
                  ssl: ssl_module.SSLContext | None = None, reconnect: bool = False,
                  **settings: Any) -> None:
         self.url, self._reconnect, self._settings = url, reconnect, Config(**settings)
-        parts = urllib.parse.urlsplit(url)
-        secure = parts.scheme in ("https", "wss")
-        if not (secure or parts.scheme in ("http", "ws")) or not parts.hostname:
-            raise ValueError(f"a URL begins with http://, https://, ws:// or wss://: not {url!r}")
+        expect(url, str, "a URL is a str, as what up() returns")
+        match = re.fullmatch(r"(?:http|ws)(s?)://([^/?#]+)[!-~]*", url, re.IGNORECASE)
+        if not match or not _HOST.fullmatch(match[2]):
+            raise ValueError("a URL begins with http://, https://, ws:// or wss:// and a host, and "
+                             f"has no user, no space, and only ASCII: not {url!r}")
+        parts, secure = urllib.parse.urlsplit(url), bool(match[1])
         self._where = parts.hostname, parts.port or (443 if secure else 80)
         self._context = (ssl or ssl_module.create_default_context()) if secure else None
         fields = {"Host": parts.netloc, "Upgrade": "websocket", "Connection": "Upgrade",
@@ -4064,7 +4066,8 @@ class ClientConnection:
         if self._settings.compression:
             fields["Sec-WebSocket-Extensions"] = _OFFER
         target = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
-        self._head = "\r\n".join([f"GET {target} HTTP/1.1", *map(": ".join, fields.items())])
+        head = [f"GET {target} HTTP/1.1", *map(": ".join, fields.items())]
+        self._head = "\r\n".join(head).encode("latin-1")
         self._changed = threading.Condition()  # has the lock of all that follows
         self._transport: Any = None  # that of the last attempt
         self._frames: Any = None  # a FrameReader, since the first handshake
@@ -4291,8 +4294,8 @@ class ClientConnection:
         reader = _Reader(_READ_AHEAD)
         self._transport, _ = await self._loop.create_connection(
             lambda: asyncio.StreamReaderProtocol(reader), *self._where, ssl=self._context)
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._transport.write(f"{self._head}\r\nSec-WebSocket-Key: {key}\r\n\r\n".encode("latin-1"))
+        key = base64.b64encode(os.urandom(16))
+        self._transport.write(self._head + b"\r\nSec-WebSocket-Key: %b\r\n\r\n" % key)
         head = (await reader.readuntil(b"\r\n\r\n"))[:-4].decode("latin-1")
         status, end, rest = head.partition("\r\n")
         answer = Request(f"GET / HTTP/1.0{end}{rest}")  # it has the same fields
@@ -4305,7 +4308,7 @@ class ClientConnection:
         deflate = _AGREED.fullmatch(agreed)
         if not (status.startswith("HTTP/1.1 101 ") and answer.members("upgrade") == ["websocket"]
                 and "upgrade" in answer.members("connection")
-                and answer.headers.get("sec-websocket-accept") == accept_key(key)
+                and answer.headers.get("sec-websocket-accept") == accept_key(key.decode())
                 and answer.headers.get("sec-websocket-protocol", "") == SUBPROTOCOL
                 and (not agreed or self._settings.compression and deflate)):
             raise ConnectionError(f"not the answer that was asked for: {head}")
