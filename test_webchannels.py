@@ -6985,6 +6985,8 @@ class ClientTest(ServerTest):
                 ("302 Found http://b/$",
                  b"HTTP/1.1 302 Found\r\nLocation: http://b/\r\nContent-Length: 0\r\n\r\n"),
                 ("503 later$", b"HTTP/1.1 503 \r\nContent-Length: 5\r\n\r\nlater"),
+                ("404 File not found$", b"HTTP/1.0 404 File not found\r\n\r\n"),
+                ("1006 HTTPError: .*header field", b"HTTP/1.1 503 Later\r\nBad header: x\r\n\r\n"),
                 ("1006 .* not the answer .*: SSH-2.0", b"SSH-2.0\r\n\r\n"),
                 ("1006 IncompleteRead", b"HTTP/1.1 101"),
                 ("1006 LimitOverrun", b"HTTP/1.1 101 x\r\n" + b"a: b\r\n" * 19999),

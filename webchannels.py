@@ -956,7 +956,7 @@ Dialect = tuple[bool, int]
 
 
 class ProtocolError(Exception):
-    """The peer broke a rule of RFC 6455 or 7692; `args` are the close code and the reason."""
+    """The peer broke a rule of RFC 6455 or 7692, or refuses; `args`: the code and the reason."""
 
 
 def accept_handshake(request: Request, compression: bool) -> tuple[bytes, Dialect]:
@@ -4058,7 +4058,7 @@ class ClientConnection:
             raise ValueError("a URL begins with http://, https://, ws:// or wss:// and a host, and "
                              f"has no user, no space, and only ASCII: not {url!r}")
         parts, secure = urllib.parse.urlsplit(url), bool(match[1])
-        self._where = parts.hostname, parts.port or (443 if secure else 80)
+        self._where = parts.hostname or "", parts.port or (443 if secure else 80)
         self._context = (ssl or ssl_module.create_default_context()) if secure else None
         fields = {"Host": parts.netloc, "Upgrade": "websocket", "Connection": "Upgrade",
                   "Sec-WebSocket-Version": "13", "Sec-WebSocket-Protocol": SUBPROTOCOL,
@@ -4230,8 +4230,8 @@ class ClientConnection:
             try:
                 await self._talk()
             except Exception as error:  # whatever it is, those who wait are told
-                refused = isinstance(error, HTTPError)
-                why = str(error) if refused else f"1006 {type(error).__name__}: {error}"
+                refused = isinstance(error, ProtocolError)
+                why = "%s %s" % error.args if refused else f"1006 {type(error).__name__}: {error}"
             if self._transport:
                 self._transport.abort()
             with self._changed:
@@ -4290,7 +4290,7 @@ class ClientConnection:
         raise ConnectionError("no answer to a ping")
 
     async def _dial(self) -> asyncio.StreamReader:
-        """Connect, and shake hands (RFC 6455, 4.1). Raises HTTPError, OSError, EOFError."""
+        """Connect, and shake hands (RFC 6455, 4.1). Raises all kinds of errors."""
         reader = _Reader(_READ_AHEAD)
         self._transport, _ = await self._loop.create_connection(
             lambda: asyncio.StreamReaderProtocol(reader), *self._where, ssl=self._context)
@@ -4299,11 +4299,11 @@ class ClientConnection:
         head = (await reader.readuntil(b"\r\n\r\n"))[:-4].decode("latin-1")
         status, end, rest = head.partition("\r\n")
         answer = Request(f"GET / HTTP/1.0{end}{rest}")  # it has the same fields
-        refused = re.match(r"HTTP/1\.1 ([2-5][0-9]{2}) ?(.*)", status)
+        refused = re.match(r"HTTP/1\.[01] ([2-5][0-9]{2}) ?(.*)", status)
         if refused:
             text = await reader.read(max(0, int(answer.headers.get("content-length", "0"))))
             words = refused[2], answer.headers.get("location"), text.decode("utf-8", "replace")
-            raise HTTPError(int(refused[1]), " ".join(filter(None, words)))
+            raise ProtocolError(refused[1], " ".join(filter(None, words)))
         agreed = answer.headers.get("sec-websocket-extensions", "")
         deflate = _AGREED.fullmatch(agreed)
         if not (status.startswith("HTTP/1.1 101 ") and answer.members("upgrade") == ["websocket"]
