@@ -7125,6 +7125,34 @@ class ClientTest(ServerTest):
             silent.clear()
         self.assertEqual(heard, [True, True])
 
+    def test_to_close_ends_a_pause(self) -> None:
+        server = self.client(reconnect=True)
+        with mock.patch("random.random", lambda: 100.0), \
+                self.assertLogs("webchannels", "WARNING") as logs:
+            self.app.connected_clients()[0].close(4000)
+            self.until(lambda: logs.output)
+        self.assertRegex(logs.output[0], "4000: the next attempt is in 100.0 s$")
+        server.close()
+        server._thread.join(10)
+        self.assertFalse(server._thread.is_alive())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork()")
+    def test_a_thread_that_is_not_there_is_not_waited_for(self) -> None:
+        with mock.patch("asyncio.run", lambda main: main.close()):  # as without descriptors
+            self.assert_lost("1006 .*thread", self.client)
+        done = run_python("-c", f"""if True:
+            import os, webchannels
+            with webchannels.connect({self.url!r}) as server:
+                if os.fork() == 0:
+                    try:
+                        server.request("____", "echo", 1)
+                    except ConnectionError as error:
+                        print(error)
+                else:
+                    os.wait()
+                    print(server.request("____", "echo", 2))""", timeout=10)
+        self.assertRegex(done.stdout, "^1006 .*fork\n2\n$")
+
     def test_ctrl_c_while_it_waits_for_a_server(self) -> None:
         threads = {*threading.enumerate()}
         with mock.patch.object(webchannels.ClientConnection, "_wait",

@@ -4073,7 +4073,8 @@ class ClientConnection:
         self._frames: Any = None  # a FrameReader, since the first handshake
         self._open = False  # can messages be sent?
         self._ended = False  # will it not come back?
-        self._why = ""  # it was closed or lost: a code, a space, and a reason
+        # It was closed or lost: a code, a space, and a reason.
+        self._why = "1006 the connection's thread could not begin, or is left behind by a fork"
         self._failures = 0
         self._refs = itertools.count(1)
         self._replies: dict[int, concurrent.futures.Future[Any]] = {}
@@ -4172,7 +4173,10 @@ class ClientConnection:
                 self._why, self._ended = "1000 ", True
                 self._changed.notify_all()
             self._finish(1000, "")
-            self._wait(lambda: self._ended)
+            self._wait(self._over)
+
+    def _over(self) -> bool:
+        return self._ended or not self._thread.is_alive()
 
     def _wait(self, ready: Callable[[], Any], end: float = math.inf) -> None:
         """Wait, with the lock. Raises TimeoutError, and ConnectionError if it has ended before."""
@@ -4180,7 +4184,7 @@ class ClientConnection:
             raise RuntimeError("the connection's own thread, which logs, cannot wait for it")
         while not ready():
             left = end - time.monotonic()
-            if self._ended:
+            if self._over():
                 raise self._error()
             if left <= 0:
                 raise TimeoutError(f"{self.url} sent nothing in time")
@@ -4247,7 +4251,9 @@ class ClientConnection:
                 pause = random.random() * min(30, 2 ** self._failures)  # as in channels.js
                 self._failures = min(self._failures + 1, 5)
                 self._log("%s: the next attempt is in %.1f s", self._error(), pause)
-                await asyncio.sleep(pause)
+                await asyncio.sleep(0)  # then it is logged
+                with self._changed:
+                    self._changed.wait_for(lambda: self._ended, pause)
 
     def _log(self, text: str, *values: object) -> None:
         """When nothing is locked; and an error of the program's own logging does no harm there."""
