@@ -4266,10 +4266,9 @@ class ClientConnection:
         with self._changed:
             if self._ended:
                 return
-            self._open = True
-            self._renewals = {next(self._refs): channel for channel in self._channels}
-            for ref, channel in self._renewals.items():
-                self._write(*self._encode(channel, "subscribe", ref))
+            self._open, self._renewals = True, {}
+            for channel in self._channels:
+                self._renew(channel)
             self._changed.notify_all()
         data = b""
         while self._frames.more or (data := await self._read(reader)):
@@ -4284,6 +4283,14 @@ class ClientConnection:
                 self._changed.notify_all()
         if self._open:
             raise EOFError("the server hung up")
+
+    def _renew(self, channel: str) -> None:
+        """Ask for a subscription again, if it is still wanted."""
+        with self._changed:
+            if self._open and channel in self._channels:
+                ref = next(self._refs)
+                self._renewals[ref] = channel
+                self._write(*self._encode(channel, "subscribe", ref))
 
     async def _read(self, reader: asyncio.StreamReader) -> bytes:
         """What comes next; none: the server hung up. If it is silent it is sent a ping."""
@@ -4350,8 +4357,11 @@ class ClientConnection:
             reply.set_result(frame.get("payload"))
         elif ref in self._renewals and "error" in frame:
             channel = self._renewals[ref]
-            self._channels.discard(channel)
-            self._log("no subscription to %s any more: %s", channel, frame["error"])
+            if frame["error"].startswith("ERROR : 5"):  # not for good, as in channels.js
+                self._loop.call_later(random.random() * 30, self._renew, channel)
+            else:
+                self._channels.discard(channel)
+            self._log("the subscription to %s is refused: %s", channel, frame["error"])
         elif ref is None and ("payload" in frame or message is not None):
             named = (message, frame["payload"]) if "payload" in frame else (None, message)
             pushes.append(Received(channel, *named))
