@@ -7042,7 +7042,7 @@ class ClientTest(ServerTest):
             peer.send_raw(accepted(key))
             for ref in range(1, 5):
                 frames.append(masked_frame(peer))
-                peer.send_raw(sent({"ref": ref}))
+                peer.send_raw(sent({"ref": ref}) * 2)  # the second one has no effect
             peer.send_raw(sent(b"\x03\xe8", CLOSE))
             frames.append(masked_frame(peer))
 

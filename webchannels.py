@@ -4077,7 +4077,7 @@ class ClientConnection:
         self._why = "1006 the connection's thread could not begin, or is left behind by a fork"
         self._failures = 0
         self._refs = itertools.count(1)
-        self._replies: dict[int, concurrent.futures.Future[Any]] = {}
+        self._replies: dict[int, Any] = {}  # that are waited for; or an error
         self._channels: set[str] = set()  # subscribed to
         self._renewals: dict[int, str] = {}  # the refs by which they were renewed
         self._places: dict[str, tuple[str, int]] = {}  # in channels that were asked for
@@ -4122,18 +4122,20 @@ class ClientConnection:
         is lost meanwhile: then nobody knows whether the handler ran, and nothing is sent twice.
         TypeError or ValueError for what cannot be sent. Example: server.request("____", "echo", 42)
         """
-        ref, reply = next(self._refs), concurrent.futures.Future[Any]()
+        ref = next(self._refs)
         body = self._encode(channel, message, ref, payload)
         end = time.monotonic() + (math.inf if timeout is None else timeout)
         with self._changed:
             self._wait(lambda: self._open, end)
             self._write(*body)
-            self._replies[ref] = reply
+            self._replies[ref] = None
             try:
-                self._wait(reply.done, end)
+                self._wait(lambda: self._replies[ref], end)
             finally:
-                del self._replies[ref]
-        return reply.result()
+                reply = self._replies.pop(ref)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply.get("payload")
 
     def subscribe(self, channel: str, *, timeout: float | None = 30) -> Any:
         """Subscribe, also when the connection comes back; the log tells if that is refused.
@@ -4243,9 +4245,8 @@ class ClientConnection:
                 if not self._ended:
                     self._why = why or self._why
                     self._ended = not self._reconnect or bool(_FINAL.match(self._why))
-                for reply in self._replies.values():
-                    if not reply.done():  # else its thread has not noticed yet
-                        reply.set_exception(self._error())
+                for ref, reply in self._replies.items():
+                    self._replies[ref] = reply or self._error()
                 self._changed.notify_all()
             if not self._ended:
                 pause = random.random() * min(30, 2 ** self._failures)  # as in channels.js
@@ -4350,11 +4351,8 @@ class ClientConnection:
             self._places[channel] = epoch, frame["n"]
         if "at" in frame and channel in self._places:
             self._places[channel] = parse_position(frame["at"])
-        reply = self._replies.get(ref)
-        if reply and "error" in frame:
-            reply.set_exception(ChannelError(frame["error"]))
-        elif reply:
-            reply.set_result(frame.get("payload"))
+        if ref in self._replies:
+            self._replies[ref] = ChannelError(frame["error"]) if "error" in frame else frame
         elif ref in self._renewals and "error" in frame:
             channel = self._renewals[ref]
             if frame["error"].startswith("ERROR : 5"):  # not for good, as in channels.js
