@@ -7030,6 +7030,8 @@ class ClientTest(ServerTest):
         app.channel("/____/echo", lambda payload: payload)
         with serve(app, ssl=context) as url:
             self.assert_lost("1006 .*certificate", self.client, url)
+            with self.assertRaisesRegex(ValueError, "ssl"):
+                self.client(url.replace("https", "ws"), ssl=ssl.create_default_context())
             with self.client(url, ssl=ssl.create_default_context(cafile=str(pem))) as server:
                 for size in 1, 100_000, 900_000:
                     data = os.urandom(size)
@@ -7121,6 +7123,7 @@ class ClientTest(ServerTest):
                 server.close()
                 server._thread.join(10)
                 self.assertFalse(server._thread.is_alive())
+                self.assert_lost("1000$", server.receive)
                 silent.set()
             silent.clear()
         self.assertEqual(heard, [True, True])
@@ -7156,9 +7159,9 @@ class ClientTest(ServerTest):
     def test_ctrl_c_while_it_waits_for_a_server(self) -> None:
         threads = {*threading.enumerate()}
         with mock.patch.object(webchannels.ClientConnection, "_wait",
-                               side_effect=[KeyboardInterrupt, None]), \
+                               side_effect=[SystemExit, None]), \
                 mock.patch("random.random", lambda: 0.0):
-            with self.assertRaises(KeyboardInterrupt):
+            with self.assertRaises(SystemExit):  # of a signal's handler; or KeyboardInterrupt
                 self.client("http://127.0.0.1:1", reconnect=True)
             for thread in {*threading.enumerate()} - threads:
                 thread.join(10)

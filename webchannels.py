@@ -4054,9 +4054,10 @@ class ClientConnection:
         self.url, self._reconnect, self._settings = url, reconnect, Config(**settings)
         expect(url, str, "a URL is a str, as what up() returns")
         match = re.fullmatch(r"(?:http|ws)(s?)://([^/?#]+)[!-~]*", url, re.IGNORECASE)
-        if not match or not _HOST.fullmatch(match[2]):
-            raise ValueError("a URL begins with http://, https://, ws:// or wss:// and a host, and "
-                             f"has no user, no space, and only ASCII: not {url!r}")
+        if not match or not _HOST.fullmatch(match[2]) or ssl and not match[1]:
+            raise ValueError("a URL begins with http://, https://, ws:// or wss:// (with `ssl` the "
+                             "second or the last) and a host, and has no user, no space, and only "
+                             f"ASCII: not {url!r}")
         parts, secure = urllib.parse.urlsplit(url), bool(match[1])
         self._where = parts.hostname or "", parts.port or (443 if secure else 80)
         self._context = (ssl or ssl_module.create_default_context()) if secure else None
@@ -4088,7 +4089,7 @@ class ClientConnection:
         try:
             with self._changed:
                 self._wait(lambda: self._frames)
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl+C, or what else a signal's handler raises
             self.close()
             raise
 
@@ -4301,7 +4302,9 @@ class ClientConnection:
             except asyncio.TimeoutError:
                 with self._changed:
                     self._write(PING, b"")
-        raise ConnectionError("no answer to a ping")
+        if self._open:
+            raise ConnectionError("no answer to a ping")
+        return b""  # it was closed, for another reason
 
     async def _dial(self) -> asyncio.StreamReader:
         """Connect, and shake hands (RFC 6455, 4.1). Raises all kinds of errors."""
