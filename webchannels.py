@@ -4052,12 +4052,10 @@ class ClientConnection:
                  ssl: ssl_module.SSLContext | None = None, reconnect: bool = False,
                  **settings: Any) -> None:
         self.url, self._reconnect, self._settings = url, reconnect, Config(**settings)
-        expect(url, str, "a URL is a str, as what up() returns")
-        match = re.fullmatch(r"(?:http|ws)(s?)://([^/?#]+)[!-~]*", url, re.IGNORECASE)
+        match = re.fullmatch(r"(?:http|ws)(s?)://([^/?#]+)[!-~]*", str(url), re.IGNORECASE)
         if not match or not _HOST.fullmatch(match[2]) or ssl and not match[1]:
-            raise ValueError("a URL begins with http://, https://, ws:// or wss:// (with `ssl` the "
-                             "second or the last) and a host, and has no user, no space, and only "
-                             f"ASCII: not {url!r}")
+            raise ValueError("a URL begins with http://, https://, ws:// or wss://, has no user, "
+                             f"no space, only ASCII, and an s for `ssl`: not {url!r}")
         parts, secure = urllib.parse.urlsplit(url), bool(match[1])
         self._where = parts.hostname or "", parts.port or (443 if secure else 80)
         self._context = (ssl or ssl_module.create_default_context()) if secure else None
@@ -4074,8 +4072,7 @@ class ClientConnection:
         self._frames: Any = None  # a FrameReader, since the first handshake
         self._open = False  # can messages be sent?
         self._ended = False  # will it not come back?
-        # It was closed or lost: a code, a space, and a reason.
-        self._why = "1006 the connection's thread could not begin, or is left behind by a fork"
+        self._why = "1006 no thread: was there a fork()?"  # or its end: a code, a space, a reason
         self._failures = 0
         self._refs = itertools.count(1)
         self._replies: dict[int, Any] = {}  # that are waited for; or an error
@@ -4176,10 +4173,8 @@ class ClientConnection:
                 self._why, self._ended = "1000 ", True
                 self._changed.notify_all()
             self._finish(1000, "")
-            self._wait(self._over)
-
-    def _over(self) -> bool:
-        return self._ended or not self._thread.is_alive()
+            with contextlib.suppress(ConnectionError):
+                self._wait(lambda: False)  # until it has ended
 
     def _wait(self, ready: Callable[[], Any], end: float = math.inf) -> None:
         """Wait, with the lock. Raises TimeoutError, and ConnectionError if it has ended before."""
@@ -4187,7 +4182,7 @@ class ClientConnection:
             raise RuntimeError("the connection's own thread, which logs, cannot wait for it")
         while not ready():
             left = end - time.monotonic()
-            if self._over():
+            if self._ended or not self._thread.is_alive():
                 raise self._error()
             if left <= 0:
                 raise TimeoutError(f"{self.url} sent nothing in time")
@@ -4253,9 +4248,9 @@ class ClientConnection:
                 pause = random.random() * min(30, 2 ** self._failures)  # as in channels.js
                 self._failures = min(self._failures + 1, 5)
                 self._log("%s: the next attempt is in %.1f s", self._error(), pause)
-                await asyncio.sleep(0)  # then it is logged
-                with self._changed:
-                    self._changed.wait_for(lambda: self._ended, pause)
+                for _ in range(30):
+                    if not self._ended:  # by close()
+                        await asyncio.sleep(pause / 30)
 
     def _log(self, text: str, *values: object) -> None:
         """When nothing is locked; and an error of the program's own logging does no harm there."""
@@ -4357,7 +4352,7 @@ class ClientConnection:
         if ref in self._replies:
             self._replies[ref] = ChannelError(frame["error"]) if "error" in frame else frame
         elif ref in self._renewals and "error" in frame:
-            channel = self._renewals[ref]
+            channel = self._renewals.pop(ref)
             if frame["error"].startswith("ERROR : 5"):  # not for good, as in channels.js
                 self._loop.call_later(random.random() * 30, self._renew, channel)
             else:
