@@ -6980,14 +6980,14 @@ class ClientTest(ServerTest):
 
     def test_handshakes_that_are_no_good(self) -> None:
         extension = "Sec-WebSocket-Extensions: permessage-deflate; "
-        no = "1006 .* not the answer that was asked for"
+        no = "1006 .* no server of webchannels.v1 answers so: HTTP"
         for why, answer in (
                 ("302 Found http://b/$",
                  b"HTTP/1.1 302 Found\r\nLocation: http://b/\r\nContent-Length: 0\r\n\r\n"),
                 ("503 later$", b"HTTP/1.1 503 \r\nContent-Length: 5\r\n\r\nlater"),
                 ("404 File not found$", b"HTTP/1.0 404 File not found\r\n\r\n"),
                 ("1006 HTTPError: .*header field", b"HTTP/1.1 503 Later\r\nBad header: x\r\n\r\n"),
-                ("1006 .* not the answer .*: SSH-2.0", b"SSH-2.0\r\n\r\n"),
+                ("1006 .* answers so: SSH-2.0", b"SSH-2.0\r\n\r\n"),
                 ("1006 IncompleteRead", b"HTTP/1.1 101"),
                 ("1006 LimitOverrun", b"HTTP/1.1 101 x\r\n" + b"a: b\r\n" * 19999),
                 (no, accepted("of another key")),

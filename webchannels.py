@@ -4323,7 +4323,7 @@ class ClientConnection:
                 and answer.headers.get("sec-websocket-accept") == accept_key(key.decode())
                 and answer.headers.get("sec-websocket-protocol", "") == SUBPROTOCOL
                 and (not agreed or self._settings.compression and deflate)):
-            raise ConnectionError(f"not the answer that was asked for: {head}")
+            raise ConnectionError(f"no server of {SUBPROTOCOL} answers so: {head}")
         self._bits = int(deflate[1] or 15) if deflate else 0
         self._frames = FrameReader(self._settings.max_message_size,
                                    _MOST_INFLATION if agreed else 0, masked=False)
