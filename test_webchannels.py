@@ -5481,11 +5481,30 @@ class ThreadsTest(ServerTest):
         self.assertEqual(client.recv_close()[0], 1001)
         thread.join(10)
 
+    def test_what_threads_have_sent_meanwhile_leaves_at_once(self) -> None:
+        client = self.subscribed()
+        [there] = self.app.connected_clients()
+        transport = there._transport
+        written: list[bytes] = []
+        with self.held(self.connect()):
+            there._transport = mock.Mock(wraps=transport, write=written.append)
+            for i in range(50):
+                self.app.broadcast("____", str(i))
+            there.send("last", "x" * webchannels._READ_AHEAD)  # what is much does not wait
+            there.send("over")
+        self.until(lambda: any(b"over" in each for each in written))
+        there._transport = transport
+        self.assertEqual(len(written), 2)
+        self.assertEqual(written[0].count(b"channel"), 51)
+        self.assertFalse(there._corked)
+        self.app.broadcast("____", "now")
+        self.assertEqual(client.recv_json()["message"], "now")
+
     def test_what_threads_hand_over_leaves_turns_to_others(self) -> None:
         async def main() -> list[str]:
             loop = asyncio.get_running_loop()
             order: list[str] = []
-            handover = webchannels.Handover(loop, 10 ** 9)
+            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
 
             def ours() -> None:
                 time.sleep(0.001)
@@ -5501,7 +5520,7 @@ class ThreadsTest(ServerTest):
     def test_a_thread_that_is_ahead_waits_while_the_loop_catches_up(self) -> None:
         async def main() -> int:
             most, loop = 0, asyncio.get_running_loop()
-            handover = webchannels.Handover(loop, 10 ** 9)
+            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
 
             def flood() -> None:
                 nonlocal most
@@ -5524,7 +5543,7 @@ class ThreadsTest(ServerTest):
             raise KeyboardInterrupt
         made: list[int] = []
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            handover = webchannels.Handover(loop, 10 ** 9)
+            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
             handover.give(interrupt)
             with self.assertRaises(KeyboardInterrupt):
                 handover.take()

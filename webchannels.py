@@ -1848,8 +1848,6 @@ class ChannelClient(Connection):
                         self._peer_done = True
                 else:
                     self._close(*content)
-                if self._queued > _READ_AHEAD:
-                    self._flush()
                 if app._now > begun + _TURN:
                     app._stand_still(app._now - begun)
                     if handled < len(pending):
@@ -1952,10 +1950,13 @@ class ChannelClient(Connection):
     def _write(self, frame: bytes) -> None:
         if self._done:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
+        if self._app._together is not None and not self._corked:
+            self._corked = True
+            self._app._together.append(self)
         if self._corked or self._behind:
             self._queue.append(frame)
             self._queued += len(frame)
-            if not self._corked:
+            if not self._corked or self._queued > _READ_AHEAD:
                 self._flush()
         elif self._transport and not self._transport.is_closing():  # and the queue is empty
             self._transport.write(frame)
@@ -2658,8 +2659,8 @@ _MAX_OPEN = 10_000  # channels that anyone may subscribe to
 _TRIM = 1.0  # seconds from one time to the next that freed memory is given back
 _SLOW = 0.1  # seconds for which a `def` handler may hold the event loop unremarked
 # What other threads hand over to the loop: see Handover.
-_AHEAD = 64 * 1024  # bytes; a thread that is so far ahead waits, while the loop makes its calls
-_NAP = 0.0005  # seconds
+_AHEAD = 128 * 1024  # bytes; a thread that is so far ahead waits, while the loop makes its calls
+_NAP = 0.0002  # seconds
 _HOLD = 0.02  # seconds after the last call, from which on a handler seems to hold the loop
 _LONG_CALL = 0.5  # the same within a call, such as one to send to thousands: it may want a lock
 _STUCK = 5.0  # seconds without a move, after which a thread does not wait any longer
@@ -2678,16 +2679,14 @@ class Handover:
     which may want a lock that the thread holds; but at the limit it does, for a while.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
-        self._loop, self._limit = loop, limit
+    def __init__(self, app: WebChannels, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._app, self._loop, self._limit = app, loop, limit
         # Its methods are atomic, and suffice: a signal handler that interrupts the holder of a lock
         # may wait for the loop, which then must not wait for that lock.
-        self.calls: collections.deque[tuple[int, Callable[[], Any]]] = collections.deque()
+        self.calls: collections.deque[Callable[[], Any]] = collections.deque()
+        self._sizes: collections.deque[int] = collections.deque()  # of these, in bytes
         self._moved = self._woken_at = 0.0  # when the loop made a call, and when it was told to
         self._woken = self._taking = self._over = False
-
-    def _waiting(self) -> int:
-        return sum([size for size, _ in self.calls.copy()])
 
     def give(self, call: Callable[[], Any], size: int = 0) -> bool:
         """Have the loop make this call, which holds so many bytes. Raises TimeoutError.
@@ -2696,16 +2695,15 @@ class Handover:
         """
         if self._over or self._loop.is_closed():
             return False
-        while size and (ahead := self._waiting()) > _AHEAD:
+        while size and (ahead := sum(self._sizes.copy())) > _AHEAD:
             time.sleep(_NAP)  # in which the loop may begin
-            now = time.monotonic()
-            stuck = now > max(self._moved, self._woken_at) + _STUCK
-            if ahead > self._limit and stuck:
+            stood = time.monotonic() - max(self._moved, self._woken_at)
+            if ahead > self._limit and stood > _STUCK:
                 raise TimeoutError(_HELD)
-            patience = _LONG_CALL if self._taking else _HOLD
-            if ahead <= self._limit and now > self._moved + patience:
+            if ahead <= self._limit and stood > (_LONG_CALL if self._taking else _HOLD):
                 break
-        self.calls.append((size + 1000, call))  # bytes, about, of what holds it
+        self._sizes.append(size + 1000)  # about, with what holds it
+        self.calls.append(call)
         if not self._woken:
             self._woken, self._woken_at = True, time.monotonic()
             with contextlib.suppress(RuntimeError):  # it was closed just now
@@ -2718,9 +2716,11 @@ class Handover:
         if self._taking:
             return
         self._taking, ends = True, time.monotonic() + turn
+        together = self._app._together = []
         try:
             for _ in range(len(self.calls)):
-                call = self.calls.popleft()[1]
+                call = self.calls.popleft()
+                self._sizes.popleft()
                 try:
                     call()
                 except Exception:  # of one call: the others must still be made, and the log has it
@@ -2731,7 +2731,11 @@ class Handover:
                     self._loop.call_soon(self.take, _TURN)
                     break
         finally:  # Ctrl+C may come here, and a notebook's loop goes on
-            self._taking = False
+            self._taking, self._app._together = False, None
+            for client in together:
+                client._corked = False
+            for client in together:
+                client._flush()
 
     def end(self) -> None:
         """Make the last calls."""
@@ -2787,6 +2791,8 @@ class WebChannels:
         self._now = 0.0  # when the loop had last done with a handler, by time.monotonic()
         self._moving = False  # someone has a turn, or will have one
         self._freed = False  # may the system get memory back?
+        # While other threads' calls are made: whose frames then leave together.
+        self._together: list[ChannelClient] | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
         self._redis: RedisBus | None = None  # the same, if it numbers what is kept
@@ -3685,7 +3691,7 @@ class WebChannels:
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
             self._reset()  # a loop that was closed before its time leaves things behind
             self._threads = asyncio.Semaphore(self.config.max_threads)  # this may raise
-            handover = Handover(loop, 8 * self.config.max_send_buffer)
+            handover = Handover(self, loop, 8 * self.config.max_send_buffer)
             self._loop, self._thread, self._done = loop, threading.get_ident(), done
             self._where = where
             self._stop, self._context = loop.create_future(), contextvars.copy_context()
