@@ -7007,7 +7007,7 @@ class ClientTest(ServerTest):
                 ("404 File not found$", b"HTTP/1.0 404 File not found\r\n\r\n"),
                 ("1006 HTTPError: .*header field", b"HTTP/1.1 503 Later\r\nBad header: x\r\n\r\n"),
                 ("1006 .* answers so: SSH-2.0", b"SSH-2.0\r\n\r\n"),
-                ("1006 IncompleteRead", b"HTTP/1.1 101"),
+                ("1006 the server hung up$", b"HTTP/1.1 101"),
                 ("1006 LimitOverrun", b"HTTP/1.1 101 x\r\n" + b"a: b\r\n" * 19999),
                 (no, accepted("of another key")),
                 *((no, (old, new)) for old, new in (
@@ -7126,6 +7126,13 @@ class ClientTest(ServerTest):
             self.assert_lost("1006 .*no answer to a ping", server.receive)
             silent.set()
         self.assertEqual(asked, [0x89, 0x89])
+
+    def test_a_server_that_answers_nothing(self) -> None:
+        silent = threading.Event()
+        with Impostor(lambda peer, key: (silent.wait(10), None)[1]) as impostor:
+            self.assert_lost("1006 no answer in time$", self.client, impostor.url,
+                             handshake_timeout=0.05)
+            silent.set()
 
     def test_to_close_ends_it_even_if_the_server_does_not_hear(self) -> None:
         heard, silent = [], threading.Event()

@@ -4237,6 +4237,10 @@ class ClientConnection:
             why = ""
             try:
                 await self._talk()
+            except asyncio.TimeoutError:
+                why = "1006 no answer in time"
+            except EOFError:
+                why = "1006 the server hung up"
             except Exception as error:  # whatever it is, those who wait are told
                 refused = isinstance(error, ProtocolError)
                 why = "%s %s" % error.args if refused else f"1006 {type(error).__name__}: {error}"
@@ -4285,7 +4289,7 @@ class ClientConnection:
                         self._write(PONG, content)  # else it hears of us anyhow
                 self._changed.notify_all()
         if self._open:
-            raise EOFError("the server hung up")
+            raise EOFError
 
     def _renew(self, channel: str) -> None:
         """Ask for a subscription again, if it is still wanted."""
