@@ -1591,7 +1591,8 @@ class HTTPConnection(Connection):
             self._gone()  # as an HTTP connection: what is still due does nothing
             self._client = answer
             answer._attach(self._writer, self._transport, self._reading)
-            answer.data_received(bytes(self._buffer))  # it arrived behind the request
+            if self._buffer:  # it arrived behind the request
+                answer.data_received(bytes(self._buffer))
         else:
             last = (request.http_1_0 or self._app._stopping
                     or "close" in request.members("connection"))  # RFC 9112, 9.3
@@ -1747,7 +1748,8 @@ class ChannelClient(Connection):
         self.connected = not self._done  # by on_connect
         self._writer, self._transport, self._reading = writer, transport, reading
         transport.set_protocol(self)
-        self.resume_writing()
+        self._behind = False
+        self._flush()
         self._read(True)
 
     # What the transport calls.
