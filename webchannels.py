@@ -356,6 +356,8 @@ class Endpoint:
         try:
             if self.single:
                 return self.handler(given[self.single])
+            if not names:
+                return self.handler()
             return self.handler(**{name: given[name] for name in names if name in given})
         except StopIteration as error:  # before Python 3.12 no future can hold it
             raise RuntimeError(f"{self.name} raised StopIteration") from error
@@ -2901,6 +2903,8 @@ class WebChannels:
         given = _params.get()
         if given is None:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
+        if key is not None and key in given:
+            return given[key]
         if None in given:  # see _respond()
             given.update({**given[None].params(), **given})
             given.pop(None)
