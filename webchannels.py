@@ -1990,6 +1990,9 @@ class ChannelClient(Connection):
                 self._queue.append(queue[0])  # the 101's head
             self._close(1013, "too slow")
         elif queue and self._transport and not self._transport.is_closing():
+            if len(queue) > 1 and len(queue[-1]) > _READ_AHEAD:
+                self._transport.write(b"".join(queue[:-1]))
+                del queue[:-1]  # what is large is not joined: all clients share it, without a copy
             self._transport.write(b"".join(queue))
 
     # The end.
