@@ -5500,6 +5500,30 @@ class ThreadsTest(ServerTest):
         self.app.broadcast("____", "now")
         self.assertEqual(client.recv_json()["message"], "now")
 
+    def test_a_log_handler_that_broadcasts_of_slow_clients(self) -> None:
+        depths: list[int] = []
+
+        def tell(*_: Any) -> None:
+            depths.append(len(inspect.stack(0)))
+            self.app.broadcast("____", "one is closed")
+            self.in_thread(lambda: self.app.broadcast("____", "from a thread"))
+        pages = [self.subscribed() for _ in range(4)]
+        *slow, _ = self.app.connected_clients()
+        with mock.patch.object(webchannels.logger, "warning", tell):
+            with self.held(self.connect()):
+                self.app.config.max_send_buffer = 1000
+                for each in slow:
+                    each._behind = True
+                for text in "ab":
+                    self.app.broadcast("____", text * 600)
+            got = [pages[3].recv_json()["message"][:13] for _ in range(8)]
+        self.assertEqual(got[:5], ["a" * 13, "b" * 13, *3 * ["one is closed"]])
+        self.assertEqual(got[5:], 3 * ["from a thread"])
+        self.assertEqual(len({*depths}), 1)
+        for each, page in zip(slow, pages):
+            self.app._give(each.resume_writing)
+            self.assertEqual(page.recv_close()[0], 1013)
+
     def test_what_threads_hand_over_leaves_turns_to_others(self) -> None:
         async def main() -> list[str]:
             loop = asyncio.get_running_loop()
@@ -5550,6 +5574,22 @@ class ThreadsTest(ServerTest):
             handover.give(lambda: made.append(1))
             handover.take()  # a notebook's loop goes on
         self.assertEqual(made, [1])
+
+    def test_ctrl_c_while_what_threads_have_sent_leaves(self) -> None:
+        app, left = WebChannels(), []
+
+        class Page:
+            def _flush(self) -> None:
+                left.append(self)
+                if len(left) == 1:
+                    raise KeyboardInterrupt
+        with contextlib.closing(asyncio.new_event_loop()) as loop:
+            handover = webchannels.Handover(app, loop, 10 ** 9)
+            handover.give(lambda: app._together.extend([Page(), Page()]))  # type: ignore
+            with self.assertRaises(KeyboardInterrupt):
+                handover.take()
+            handover.take()
+        self.assertEqual((len({*left}), app._together), (2, None))
 
     def test_a_signal_handler_that_sends_while_the_loop_sends(self) -> None:
         """A trace function stands for it, which comes at every line."""

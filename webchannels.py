@@ -2694,6 +2694,7 @@ class Handover:
         self._sizes: collections.deque[int] = collections.deque()  # of these, in bytes
         self._moved = self._woken_at = 0.0  # when the loop made a call, and when it was told to
         self._woken = self._taking = self._over = False
+        self._written: list[ChannelClient] = []  # whose frames leave together
 
     def give(self, call: Callable[[], Any], size: int = 0) -> bool:
         """Have the loop make this call, which holds so many bytes. Raises TimeoutError.
@@ -2723,7 +2724,7 @@ class Handover:
         if self._taking:
             return
         self._taking, ends = True, time.monotonic() + turn
-        together = self._app._together = []
+        self._app._together = self._written
         try:
             for _ in range(len(self.calls)):
                 call = self.calls.popleft()
@@ -2738,11 +2739,13 @@ class Handover:
                     self._loop.call_soon(self.take, _TURN)
                     break
         finally:  # Ctrl+C may come here, and a notebook's loop goes on
-            self._taking, self._app._together = False, None
-            for client in together:
-                client._corked = False
-            for client in together:
-                client._flush()
+            try:
+                while self._written:  # to which others may come: a log handler may send
+                    client = self._written.pop()
+                    client._corked = False
+                    client._flush()
+            finally:
+                self._taking, self._app._together = False, None
 
     def end(self) -> None:
         """Make the last calls."""
