@@ -5750,6 +5750,21 @@ class ContextTest(ServerTest):
         gc.collect()
         self.assertIsNone(left[0]())
 
+    def test_threads_of_a_handler_that_ask_for_parameters_at_once(self) -> None:
+        both, read = threading.Barrier(2), webchannels.Request.params
+
+        def params(request: webchannels.Request) -> dict[str, Any]:
+            both.wait(10)
+            return read(request)
+
+        @self.app.route("/threads")
+        async def threads() -> list[Any]:
+            with mock.patch.object(webchannels.Request, "params", params):
+                asks = [asyncio.to_thread(self.app.params, "a") for _ in range(2)]
+                return [*await asyncio.gather(*asks), None in self.app.params()]
+        reply = request("GET", f"{self.url}/threads?a=b")
+        self.assertEqual(reply.body, b'["b","b",false]')
+
     def test_base_exceptions(self) -> None:
         client = self.connect()
         for name in ("GeneratorExit", "CancelledError", "Unusual", "Mute", "Untold"):

@@ -2911,9 +2911,10 @@ class WebChannels:
             raise RuntimeError("params() works only in a handler, and the tasks that it starts")
         if key is not None and key in given:
             return given[key]
-        if None in given:  # see _respond()
-            given.update({**given[None].params(), **given})
-            given.pop(None)
+        if request := given.get(None):  # see _respond(); threads of a handler may come at once
+            for name, value in request.params().items():
+                given.setdefault(name, value)
+            given.pop(None, None)
         if key is not None and key not in given and "client" in given:
             logger.warning("params(%r): there is only %s", key, ", ".join(given))
         return given if key is None else given.get(key, default)
