@@ -5750,6 +5750,31 @@ class ContextTest(ServerTest):
         gc.collect()
         self.assertIsNone(left[0]())
 
+    def test_what_a_handler_set_does_not_stay_with_whom_a_thread_has_sent_to(self) -> None:
+        class Large:
+            """What can be weakly referenced."""
+        variable: contextvars.ContextVar[Large] = contextvars.ContextVar("variable")
+        left: list[weakref.ref[Large]] = []
+
+        @self.app.channel("/____/fill")
+        def fill(client: ChannelClient) -> None:
+            variable.set(Large())
+            left.append(weakref.ref(variable.get()))
+            [other] = [each for each in self.app.connected_clients() if each is not client]
+            thread = threading.Thread(target=other.send, args=["x" * 20_000_000])
+            thread.start()
+            thread.join(10)
+            client.send("sent")  # after what the thread handed over
+        self.app.config.max_send_buffer = 40_000_000
+        one, two = self.connect(), self.connect()
+        self.until(lambda: len(self.app.connected_clients()) == 2)
+        one.send_json({"channel": "____", "message": "fill"})
+        one.send_json({"channel": "____", "message": "echo", "payload": "x"})
+        self.assertEqual([one.recv_text(), one.recv_text()], ["sent", "x"])
+        gc.collect()
+        self.assertIsNone(left[0]())
+        self.assertEqual(len(two.recv_text()), 20_000_000)
+
     def test_threads_of_a_handler_that_ask_for_parameters_at_once(self) -> None:
         both, read = threading.Barrier(2), webchannels.Request.params
 

@@ -3914,7 +3914,7 @@ class WebChannels:
         """Is this the loop's thread? Then what others handed over before comes before."""
         here = threading.get_ident() == self._thread
         if here and self._handover and self._handover.calls:
-            self._handover.take()
+            self._context.copy().run(self._handover.take)  # not in that of a handler
         return here
 
     def _give(self, call: Callable[[], Any], size: int = 0) -> bool:
