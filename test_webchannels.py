@@ -5528,7 +5528,7 @@ class ThreadsTest(ServerTest):
         async def main() -> list[str]:
             loop = asyncio.get_running_loop()
             order: list[str] = []
-            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
+            handover = webchannels.Handover(loop, 10 ** 9)
 
             def ours() -> None:
                 time.sleep(0.001)
@@ -5544,7 +5544,7 @@ class ThreadsTest(ServerTest):
     def test_a_thread_that_is_ahead_waits_while_the_loop_catches_up(self) -> None:
         async def main() -> int:
             most, loop = 0, asyncio.get_running_loop()
-            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
+            handover = webchannels.Handover(loop, 10 ** 9)
 
             def flood() -> None:
                 nonlocal most
@@ -5567,7 +5567,7 @@ class ThreadsTest(ServerTest):
             raise KeyboardInterrupt
         made: list[int] = []
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            handover = webchannels.Handover(WebChannels(), loop, 10 ** 9)
+            handover = webchannels.Handover(loop, 10 ** 9)
             handover.give(interrupt)
             with self.assertRaises(KeyboardInterrupt):
                 handover.take()
@@ -5576,7 +5576,7 @@ class ThreadsTest(ServerTest):
         self.assertEqual(made, [1])
 
     def test_ctrl_c_while_what_threads_have_sent_leaves(self) -> None:
-        app, left = WebChannels(), []
+        left: list[Any] = []
 
         class Page:
             def _flush(self) -> None:
@@ -5584,12 +5584,12 @@ class ThreadsTest(ServerTest):
                 if len(left) == 1:
                     raise KeyboardInterrupt
         with contextlib.closing(asyncio.new_event_loop()) as loop:
-            handover = webchannels.Handover(app, loop, 10 ** 9)
-            handover.give(lambda: app._together.extend([Page(), Page()]))  # type: ignore
+            handover = webchannels.Handover(loop, 10 ** 9)
+            handover.give(lambda: handover.written.extend([Page(), Page()]))  # type: ignore
             with self.assertRaises(KeyboardInterrupt):
                 handover.take()
             handover.take()
-        self.assertEqual((len({*left}), app._together), (2, None))
+        self.assertEqual((len({*left}), handover.taking), (2, False))
 
     def test_a_signal_handler_that_sends_while_the_loop_sends(self) -> None:
         """A trace function stands for it, which comes at every line."""
@@ -5659,6 +5659,13 @@ class ThreadsTest(ServerTest):
         self.until(lambda: "webchannels" not in [each.name for each in threading.enumerate()])
 
 
+class Large:
+    """What can be weakly referenced."""
+
+
+LARGE: contextvars.ContextVar[Large] = contextvars.ContextVar("LARGE")
+
+
 class ContextTest(ServerTest):
     """Each handler runs in a context of its own, and nothing that it raises harms others."""
 
@@ -5720,16 +5727,17 @@ class ContextTest(ServerTest):
             self.assertEqual(len(two.recv_text()), 20_000_000)
             self.assertEqual(two.recv_text(), "from up()")
 
+    def set_large(self) -> weakref.ref[Large]:
+        """Set a variable of the context; what it holds can be watched."""
+        LARGE.set(Large())
+        return weakref.ref(LARGE.get())
+
     def test_what_a_handler_set_does_not_stay_with_another_client(self) -> None:
-        class Large:
-            """What can be weakly referenced."""
-        variable: contextvars.ContextVar[Large] = contextvars.ContextVar("variable")
         left: list[weakref.ref[Large]] = []
 
         @self.app.channel("/____/fill")
         def fill(client: ChannelClient) -> None:
-            variable.set(Large())
-            left.append(weakref.ref(variable.get()))
+            left.append(self.set_large())
             for each in self.app.connected_clients():
                 if each is not client:
                     each.send("x" * 20_000_000)  # more than the system takes
@@ -5751,15 +5759,11 @@ class ContextTest(ServerTest):
         self.assertIsNone(left[0]())
 
     def test_what_a_handler_set_does_not_stay_with_whom_a_thread_has_sent_to(self) -> None:
-        class Large:
-            """What can be weakly referenced."""
-        variable: contextvars.ContextVar[Large] = contextvars.ContextVar("variable")
         left: list[weakref.ref[Large]] = []
 
         @self.app.channel("/____/fill")
         def fill(client: ChannelClient) -> None:
-            variable.set(Large())
-            left.append(weakref.ref(variable.get()))
+            left.append(self.set_large())
             [other] = [each for each in self.app.connected_clients() if each is not client]
             thread = threading.Thread(target=other.send, args=["x" * 20_000_000])
             thread.start()

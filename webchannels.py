@@ -1954,9 +1954,10 @@ class ChannelClient(Connection):
     def _write(self, frame: bytes) -> None:
         if self._done:  # RFC 6455, 5.5.1: nothing follows a Close frame
             return
-        if self._app._together is not None and not self._corked:
+        handover = self._app._handover
+        if handover and handover.taking and not self._corked:
             self._corked = True
-            self._app._together.append(self)
+            handover.written.append(self)
         if self._corked or self._behind:
             self._queue.append(frame)
             self._queued += len(frame)
@@ -2686,15 +2687,15 @@ class Handover:
     which may want a lock that the thread holds; but at the limit it does, for a while.
     """
 
-    def __init__(self, app: WebChannels, loop: asyncio.AbstractEventLoop, limit: int) -> None:
-        self._app, self._loop, self._limit = app, loop, limit
+    def __init__(self, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._loop, self._limit = loop, limit
         # Its methods are atomic, and suffice: a signal handler that interrupts the holder of a lock
         # may wait for the loop, which then must not wait for that lock.
         self.calls: collections.deque[Callable[[], Any]] = collections.deque()
         self._sizes: collections.deque[int] = collections.deque()  # of these, in bytes
         self._moved = self._woken_at = 0.0  # when the loop made a call, and when it was told to
-        self._woken = self._taking = self._over = False
-        self._written: list[ChannelClient] = []  # whose frames leave together
+        self._woken = self.taking = self._over = False
+        self.written: list[ChannelClient] = []  # whose frames leave together
 
     def give(self, call: Callable[[], Any], size: int = 0) -> bool:
         """Have the loop make this call, which holds so many bytes. Raises TimeoutError.
@@ -2708,7 +2709,7 @@ class Handover:
             stood = time.monotonic() - max(self._moved, self._woken_at)
             if ahead > self._limit and stood > _STUCK:
                 raise TimeoutError(_HELD)
-            if ahead <= self._limit and stood > (_LONG_CALL if self._taking else _HOLD):
+            if ahead <= self._limit and stood > (_LONG_CALL if self.taking else _HOLD):
                 break
         self._sizes.append(size + 1000)  # about, with what holds it
         self.calls.append(call)
@@ -2721,10 +2722,9 @@ class Handover:
     def take(self, turn: float = math.inf) -> None:
         """Make the calls, in the thread of the loop; after so many seconds others have theirs."""
         self._woken = False  # first: whoever comes later wakes it again
-        if self._taking:
+        if self.taking:
             return
-        self._taking, ends = True, time.monotonic() + turn
-        self._app._together = self._written
+        self.taking, ends = True, time.monotonic() + turn
         try:
             for _ in range(len(self.calls)):
                 call = self.calls.popleft()
@@ -2740,16 +2740,16 @@ class Handover:
                     break
         finally:  # Ctrl+C may come here, and a notebook's loop goes on
             try:
-                while self._written:  # to which others may come: a log handler may send
-                    client = self._written.pop()
+                while self.written:  # to which others may come: a log handler may send
+                    client = self.written.pop()
                     client._corked = False
                     client._flush()
             finally:
-                self._taking, self._app._together = False, None
+                self.taking = False
 
     def end(self) -> None:
         """Make the last calls."""
-        self._over, self._taking = True, False
+        self._over, self.taking = True, False
         self.take()
 
 
@@ -2801,8 +2801,6 @@ class WebChannels:
         self._now = 0.0  # when the loop had last done with a handler, by time.monotonic()
         self._moving = False  # someone has a turn, or will have one
         self._freed = False  # may the system get memory back?
-        # While other threads' calls are made: whose frames then leave together.
-        self._together: list[ChannelClient] | None = None
         self._tasks: set[asyncio.Future[Any]] = set()
         self._bus: Bus | None = None
         self._redis: RedisBus | None = None  # the same, if it numbers what is kept
@@ -3704,7 +3702,7 @@ class WebChannels:
                 raise RuntimeError(f"this app serves already at {self.url}; call down() first")
             self._reset()  # a loop that was closed before its time leaves things behind
             self._threads = asyncio.Semaphore(self.config.max_threads)  # this may raise
-            handover = Handover(self, loop, 8 * self.config.max_send_buffer)
+            handover = Handover(loop, 8 * self.config.max_send_buffer)
             self._loop, self._thread, self._done = loop, threading.get_ident(), done
             self._where = where
             self._stop, self._context = loop.create_future(), contextvars.copy_context()
